@@ -1,0 +1,214 @@
+"""The one loop that has effects: facts -> step -> transaction -> commands.
+
+    wake or a second passes
+      for each active job:  advance its clock;  until nothing changes: read facts, step(), apply
+      for each queued command that is not running here: run it in a process of its own, write its outcome
+
+Nothing is kept in memory that is not a row as well. A wake-up is only a hint: without it everything happens a second
+later. A coordinator killed at any line starts again here and repeats at most one aggregation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from coordinator.rounds import state as s
+from coordinator.rounds.machine import step
+from coordinator.storage.blobs import BlobStore
+from coordinator.storage.store import Store
+
+TICK_SECONDS = 1.0
+# A step decides one thing; this many without waiting for anything means a defect, not a busy job.
+MAX_STEPS = 1000
+
+log = structlog.get_logger()
+
+
+@dataclass
+class Controller:
+    """Drives every active job until `stop`.
+
+    `on_work` is called when tasks were queued or ended, so that agents that wait in a long poll are answered at once.
+    """
+
+    store: Store
+    blobs: BlobStore
+    scratch: Path
+    on_work: Callable[[], None] = lambda: None
+    grace_seconds: float = 30.0
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _commands: dict[tuple[str, int, int], asyncio.Task[None]] = field(default_factory=dict)
+    _ticked: dict[str, float] = field(default_factory=dict)
+    _stopping: bool = False
+    # Monotonic time of the last whole turn, for readiness.
+    last_turn: float = field(default_factory=time.monotonic)
+
+    def wake(self) -> None:
+        """Something happened that a step may wait for. Call it from the event loop's thread."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Returns after `stop`. Commands in flight are ended; they are carried out again after the next start."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        for leftover in self.scratch.iterdir():
+            leftover.unlink()
+        await asyncio.to_thread(self.store.jobs.grace, seconds=self.grace_seconds)
+        while not self._stopping:
+            self._wake.clear()
+            for job_id in await asyncio.to_thread(self.store.jobs.active):
+                try:
+                    await self._drive(job_id)
+                except Exception:
+                    # One job's defect must not stop the others; the sentence tells its operator where to look.
+                    log.exception("a step failed", job=job_id)
+                    sentence = "the coordinator met a defect in this job and tries again; its log has the trace"
+                    await asyncio.to_thread(self.store.jobs.say, job_id, sentence)
+            self.last_turn = time.monotonic()
+            try:
+                await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
+            except TimeoutError:
+                pass
+        for command in self._commands.values():
+            command.cancel()
+        await asyncio.gather(*self._commands.values(), return_exceptions=True)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self.wake()
+
+    async def _drive(self, job_id: str) -> None:
+        for _ in range(MAX_STEPS):
+            now = time.monotonic()
+            elapsed = now - self._ticked.get(job_id, now)
+            self._ticked[job_id] = now
+            transition, facts = await asyncio.to_thread(self._step_once, job_id, elapsed)
+            if facts.command is not None:
+                self._start_command(job_id, facts.command, head=facts.round.number - 1 if facts.round else 0)
+            if not transition.effects:
+                return
+            log.info(transition.sentence, job=job_id)
+            if any(isinstance(effect, (s.QueueTask, s.EndTask, s.SetJobState)) for effect in transition.effects):
+                self.on_work()
+            if any(isinstance(effect, s.Commit) for effect in transition.effects):
+                await asyncio.to_thread(self._sweep)
+        raise RuntimeError(f"job {job_id} took {MAX_STEPS} steps without waiting for anything")
+
+    def _step_once(self, job_id: str, elapsed: float) -> tuple[s.Transition, s.Facts]:
+        if elapsed:
+            self.store.jobs.tick(job_id, elapsed_seconds=elapsed)
+        unix = time.time()
+        job, facts, revision = self.store.jobs.facts(job_id, now_unix_seconds=unix)
+        transition = step(job, facts, job.service_seconds)
+        if transition.effects:
+            self.store.jobs.apply(job, transition, revision=revision, now_unix_seconds=unix)
+        else:
+            self.store.jobs.say(job_id, transition.sentence)
+        return transition, facts
+
+    def _sweep(self) -> None:
+        """Deletes the updates of rounds that are over: the versions made from them are kept, the parts are not."""
+        for owner, digest in self.store.views.garbage():
+            self.store.uploads.forget(owner, digest=digest)
+            if not self.store.uploads.is_named(digest):
+                self.blobs.delete(digest)
+
+    # --- commands
+
+    def _start_command(self, job_id: str, command: s.Command, *, head: int) -> None:
+        key = (job_id, command.round, command.generation)
+        if command.state is s.CommandState.QUEUED and key not in self._commands:
+            task = asyncio.create_task(self._run_command(job_id, command, head))
+            self._commands[key] = task
+            task.add_done_callback(lambda _: (self._commands.pop(key, None), self.wake()))
+
+    async def _run_command(self, job_id: str, command: s.Command, head: int) -> None:
+        write = {"round_number": command.round, "generation": command.generation}
+        try:
+            outcome = await self._aggregate(job_id, command, head)
+        except Exception as error:
+            log.exception("an aggregation failed", job=job_id, round=command.round)
+            await asyncio.to_thread(self.store.jobs.fail_command, job_id, error=str(error)[:500], **write)
+            return
+        if "corrupt_site" in outcome:
+            site = outcome["corrupt_site"]
+            log.error("a stored update is damaged", job=job_id, round=command.round, site=site)
+            await asyncio.to_thread(
+                self.store.jobs.fail_command, job_id, error="a stored update is damaged", corrupt_site=site, **write
+            )
+            return
+        await asyncio.to_thread(self.store.jobs.finish_command, job_id, **outcome, **write)
+
+    async def _aggregate(self, job_id: str, command: s.Command, head: int) -> dict[str, Any]:
+        """Runs the worker process and seals what it wrote, before any row names it."""
+        job, _, _ = await asyncio.to_thread(self.store.jobs.facts, job_id, now_unix_seconds=time.time())
+        previous = await asyncio.to_thread(self.store.jobs.previous, job_id, version=head)
+        optimizer = job.spec.aggregation.server_optimizer
+        with tempfile.TemporaryDirectory(dir=self.scratch) as directory:
+            output, state_output = Path(directory, "version"), Path(directory, "state")
+            has_state = optimizer.type != "none"
+            order = {
+                "contributions": [
+                    {
+                        "site": part.site,
+                        "digest": part.digest,
+                        "weight": part.weight,
+                        "path": str(self.blobs.path(part.digest)),
+                    }
+                    for part in command.contributions
+                ],
+                "optimizer": optimizer.model_dump(),
+                "output": str(output),
+            }
+            if has_state:
+                order["previous"] = str(self.blobs.path(previous["digest"]))
+                order["state_output"] = str(state_output)
+                if previous["optimizer_digest"]:
+                    order["state"] = str(self.blobs.path(previous["optimizer_digest"]))
+            began = time.monotonic()
+            result = await _in_process(order)
+            if "corrupt_site" in result:
+                return result
+            digest, size = await asyncio.to_thread(self.blobs.adopt, output)
+            if digest != result["digest"]:
+                raise RuntimeError("the aggregate changed on disk before it was sealed")
+            if has_state:
+                await asyncio.to_thread(self.blobs.adopt, state_output)
+            return {
+                "digest": digest,
+                "size": size,
+                "optimizer_digest": result["optimizer_digest"],
+                "seconds": {**result["seconds"], "process": time.monotonic() - began},
+            }
+
+
+async def _in_process(order: dict[str, Any]) -> dict[str, Any]:
+    """The worker's answer. RuntimeError with its last line when it ends without one."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "coordinator.aggregation.worker",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, err = await process.communicate(json.dumps(order).encode())
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode != 0:
+        lines = err.decode(errors="replace").strip().splitlines()
+        last = lines[-1] if lines else "no message"
+        raise RuntimeError(f"the aggregation process ended with status {process.returncode}: {last}")
+    return json.loads(out)

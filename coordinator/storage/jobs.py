@@ -1,0 +1,297 @@
+"""What the controller and the operator do to the store: facts in, transitions out, in one transaction each.
+
+`apply` is conditional on the revision that the facts were read at, so a transition that was computed from older facts
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, insert, or_, select, update
+
+from coordinator.rounds import state as s
+from coordinator.storage import schema
+from coordinator.storage.database import Database
+from coordinator.storage.effects import carry_out, note
+from coordinator.storage.sites import CONNECTED_SECONDS
+from coordinator.storage.work import task_of
+from protos import jobspec
+from protos.errors import Conflict
+from protos.identity import Role
+
+
+class Jobs:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # --- the controller's side
+
+    def active(self) -> list[str]:
+        """Ids of the jobs that a controller has to drive."""
+        wanted = (s.JobState.SUBMITTED.value, s.JobState.RUNNING.value)
+        with self._database.read() as connection:
+            rows = connection.execute(select(schema.jobs.c.id).where(schema.jobs.c.state.in_(wanted)))
+            return [row.id for row in rows]
+
+    def tick(self, job_id: str, *, elapsed_seconds: float) -> None:
+        """Advances the job's clock of service while it runs."""
+        jobs = schema.jobs
+        with self._database.write() as connection:
+            connection.execute(
+                update(jobs)
+                .where(jobs.c.id == job_id, jobs.c.state == s.JobState.RUNNING.value)
+                .values(service_seconds=jobs.c.service_seconds + elapsed_seconds)
+            )
+
+    def grace(self, *, seconds: float) -> None:
+        """After a restart every live lease gets at least `seconds` to report again."""
+        tasks, jobs = schema.tasks, schema.jobs
+        now = select(jobs.c.service_seconds).where(jobs.c.id == tasks.c.job_id).scalar_subquery()
+        live = tasks.c.state.in_((s.TaskState.LEASED.value, s.TaskState.RUNNING.value))
+        with self._database.write() as connection:
+            connection.execute(
+                update(tasks).where(live, tasks.c.lease_until < now + seconds).values(lease_until=now + seconds)
+            )
+
+    def facts(self, job_id: str, *, now_unix_seconds: float) -> tuple[s.Job, s.Facts, int]:
+        """The job, everything a decision may depend on, and the revision that `apply` asks for."""
+        with self._database.read() as connection:
+            row = connection.execute(select(schema.jobs).where(schema.jobs.c.id == job_id)).one()
+            return _job(row), _facts(connection, row, now_unix_seconds), row.revision
+
+    def apply(self, job: s.Job, transition: s.Transition, *, revision: int, now_unix_seconds: float) -> bool:
+        """Writes a transition whole, or not at all (False) when the job changed since its facts were read."""
+        jobs = schema.jobs
+        with self._database.write() as connection:
+            won = connection.execute(
+                update(jobs)
+                .where(jobs.c.id == job.id, jobs.c.revision == revision)
+                .values(revision=revision + 1, sentence=transition.sentence)
+            )
+            if won.rowcount != 1:
+                return False
+            number = connection.execute(
+                select(schema.rounds.c.number)
+                .where(schema.rounds.c.job_id == job.id)
+                .order_by(schema.rounds.c.number.desc())
+                .limit(1)
+            ).scalar()
+            for effect in transition.effects:
+                number = carry_out(connection, job, number, effect, now_unix_seconds)
+            connection.execute(
+                update(schema.rounds)
+                .where(schema.rounds.c.job_id == job.id, schema.rounds.c.number == number)
+                .values(sentence=transition.sentence)
+            )
+            note(connection, job.id, number or 0, transition.sentence, now_unix_seconds)
+        return True
+
+    def say(self, job_id: str, sentence: str) -> None:
+        """Replaces the sentence that says what the job waits for."""
+        with self._database.write() as connection:
+            connection.execute(
+                update(schema.jobs)
+                .where(schema.jobs.c.id == job_id, schema.jobs.c.sentence != sentence)
+                .values(sentence=sentence)
+            )
+
+    # --- commands
+
+    def previous(self, job_id: str, *, version: int) -> Mapping[str, Any]:
+        """Digests of a version and of its server optimizer's state."""
+        versions = schema.versions
+        with self._database.read() as connection:
+            row = connection.execute(
+                select(versions).where(versions.c.job_id == job_id, versions.c.version == version)
+            ).one()
+            return row._mapping
+
+    def finish_command(
+        self,
+        job_id: str,
+        *,
+        round_number: int,
+        generation: int,
+        digest: str,
+        size: int,
+        optimizer_digest: str,
+        seconds: Mapping[str, float],
+    ) -> bool:
+        """False when the command is not the current one any more."""
+        return self._end_command(
+            job_id,
+            round_number=round_number,
+            generation=generation,
+            state=s.CommandState.DONE,
+            digest=digest,
+            size=size,
+            optimizer_digest=optimizer_digest,
+            seconds=dict(seconds),
+        )
+
+    def fail_command(
+        self, job_id: str, *, round_number: int, generation: int, error: str, corrupt_site: str = ""
+    ) -> bool:
+        return self._end_command(
+            job_id,
+            round_number=round_number,
+            generation=generation,
+            state=s.CommandState.FAILED,
+            error=error,
+            corrupt_site=corrupt_site,
+        )
+
+    def _end_command(
+        self, job_id: str, *, round_number: int, generation: int, state: s.CommandState, **values: Any
+    ) -> bool:
+        commands = schema.commands
+        with self._database.write() as connection:
+            done = connection.execute(
+                update(commands)
+                .where(commands.c.job_id == job_id, commands.c.round == round_number)
+                .where(commands.c.generation == generation, commands.c.state == s.CommandState.QUEUED.value)
+                .values(state=state.value, **values)
+            )
+            return done.rowcount == 1
+
+    # --- the operator's side
+
+    def create(self, spec: jobspec.JobSpec, *, job_id: str, submit_token: str, now_unix_seconds: float) -> str:
+        """The id of the new job, or of the one that the same token submitted before."""
+        jobs = schema.jobs
+        with self._database.write() as connection:
+            if submit_token:
+                known = connection.execute(select(jobs).where(jobs.c.submit_token == submit_token)).first()
+                if known is not None:
+                    if known.spec != spec.canonical_json:
+                        raise Conflict(f"The submit token belongs to job {known.id}, which has another recipe.")
+                    return known.id
+            connection.execute(
+                insert(jobs).values(
+                    id=job_id,
+                    submit_token=submit_token or None,
+                    spec=spec.canonical_json,
+                    state=s.JobState.SUBMITTED.value,
+                    sentence="submitted; the coordinator is about to begin",
+                    base_digest=(spec.base_model.digest or "") if spec.base_model else "",
+                    created_unix_seconds=now_unix_seconds,
+                )
+            )
+            note(connection, job_id, 0, f"job {spec.name} was submitted", now_unix_seconds)
+        return job_id
+
+    def control(self, job_id: str, *, action: str, now_unix_seconds: float) -> None:
+        """`action`: pause, resume, cancel or readmit. Conflict when the job's state does not allow it."""
+        jobs, tasks = schema.jobs, schema.tasks
+        new, allowed, sentence = _ACTIONS[action]
+        with self._database.write() as connection:
+            values: dict[str, Any] = {"revision": jobs.c.revision + 1, "sentence": sentence}
+            if new is not None:
+                values["state"] = new.value
+            done = connection.execute(
+                update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_([st.value for st in allowed])).values(**values)
+            )
+            if done.rowcount != 1:
+                state = connection.execute(select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one()
+                raise Conflict(f"Job {job_id} is {state.lower()}: it cannot be told to {action}.")
+            if action == "cancel":
+                open_states = [st.value for st in s.TaskState if st.open]
+                connection.execute(
+                    update(tasks)
+                    .where(tasks.c.job_id == job_id, tasks.c.state.in_(open_states))
+                    .values(state=s.TaskState.EXPIRED.value, reason=sentence)
+                )
+            if action == "readmit":
+                connection.execute(schema.standings.delete().where(schema.standings.c.job_id == job_id))
+            note(connection, job_id, 0, sentence, now_unix_seconds)
+
+
+_RUNNING = (s.JobState.SUBMITTED, s.JobState.RUNNING)
+_ACTIONS: dict[str, tuple[s.JobState | None, tuple[s.JobState, ...], str]] = {
+    "pause": (s.JobState.PAUSED, (s.JobState.RUNNING,), "paused by the operator"),
+    "resume": (s.JobState.RUNNING, (s.JobState.PAUSED,), "resumed by the operator"),
+    "cancel": (s.JobState.CANCELLED, (*_RUNNING, s.JobState.PAUSED), "cancelled by the operator"),
+    "readmit": (None, (*_RUNNING, s.JobState.PAUSED), "sites that were set aside may take part again"),
+}
+
+
+def _job(row: Row[Any]) -> s.Job:
+    return s.Job(
+        id=row.id,
+        spec=jobspec.from_json(row.spec),
+        state=s.JobState(row.state),
+        head_version=row.head_version,
+        best_version=row.best_version,
+        service_seconds=row.service_seconds,
+        base_digest=row.base_digest,
+    )
+
+
+def _facts(connection: Connection, job: Row[Any], now_unix_seconds: float) -> s.Facts:
+    rounds, tasks, updates = schema.rounds, schema.tasks, schema.updates
+    sites = tuple(
+        s.SiteFact(
+            row.name,
+            house=row.role == Role.HOUSE.value,
+            connected=now_unix_seconds - row.last_seen_unix_seconds <= CONNECTED_SECONDS,
+        )
+        for row in connection.execute(select(schema.sites).where(schema.sites.c.state == "ENROLLED"))
+    )
+    row = connection.execute(
+        select(rounds).where(rounds.c.job_id == job.id).order_by(rounds.c.number.desc()).limit(1)
+    ).first()
+    if row is None:
+        return s.Facts(sites=sites)
+    current = s.Round(
+        row.number, row.attempt, s.Phase(row.phase), tuple(row.cohort), row.opened_at, row.deadline_at
+    )
+    open_states = [state.value for state in s.TaskState if state.open]
+    relevant = or_(
+        and_(tasks.c.round == row.number, tasks.c.kind != s.TaskKind.EVALUATE.value),
+        and_(tasks.c.kind == s.TaskKind.EVALUATE.value, or_(tasks.c.state.in_(open_states), tasks.c.split == "test")),
+    )
+    task_rows = connection.execute(select(tasks).where(tasks.c.job_id == job.id, relevant).order_by(tasks.c.id)).all()
+    made = next((r for r in task_rows if r.kind == s.TaskKind.INIT.value and r.result.get("digest")), None)
+    command = connection.execute(
+        select(schema.commands).where(schema.commands.c.job_id == job.id, schema.commands.c.round == row.number)
+    ).first()
+    return s.Facts(
+        sites=sites,
+        round=current,
+        tasks=tuple(task_of(r) for r in task_rows),
+        updates=tuple(
+            s.Update(r.site, s.Fate(r.fate), r.digest, r.size, r.examples, r.steps, r.reason)
+            for r in connection.execute(
+                select(updates).where(updates.c.job_id == job.id, updates.c.round == row.number)
+            )
+        ),
+        evaluations=tuple(
+            s.Evaluation(r.version, r.site, r.split, r.examples, r.metrics)
+            for r in connection.execute(select(schema.evaluations).where(schema.evaluations.c.job_id == job.id))
+        ),
+        command=None if command is None else _command(command),
+        set_aside={
+            r.site: r.reason
+            for r in connection.execute(
+                select(schema.standings).where(schema.standings.c.job_id == job.id, schema.standings.c.set_aside)
+            )
+        },
+        initial=s.Contribution(made.site, made.result["digest"], made.result["size"], 1.0) if made else None,
+    )
+
+
+def _command(row: Row[Any]) -> s.Command:
+    return s.Command(
+        round=row.round,
+        generation=row.generation,
+        state=s.CommandState(row.state),
+        contributions=tuple(s.Contribution(**part) for part in row.contributions),
+        queued_at=row.queued_at,
+        digest=row.digest,
+        size=row.size,
+        optimizer_digest=row.optimizer_digest,
+        error=row.error,
+        corrupt_site=row.corrupt_site,
+    )

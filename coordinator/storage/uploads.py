@@ -1,0 +1,85 @@
+"""Which blobs a caller may know of: its own uploads, and what its live tasks name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import and_, insert, select, update
+
+from coordinator.rounds.state import TaskKind, TaskState
+from coordinator.storage import schema
+from coordinator.storage.database import Database
+from protos.identity import Identity, Role
+
+_LIVE = (TaskState.LEASED.value, TaskState.RUNNING.value)
+
+
+@dataclass(frozen=True)
+class Readable:
+    size: int
+    task_id: str  # the live task that names the blob; empty for the operator
+
+
+class Uploads:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, owner: str, *, digest: str, size: int) -> None:
+        """Notes that `owner` handed in a blob that is now sealed; a repeat is no error."""
+        with self._database.write() as connection:
+            known = connection.execute(select(schema.uploads).where(_upload(owner, digest))).first()
+            if known is None:
+                connection.execute(insert(schema.uploads).values(owner=owner, digest=digest, size=size))
+
+    def known(self, owner: str, digests: Collection[str]) -> set[str]:
+        """Which of these blobs this owner has handed in; says nothing of anybody else's."""
+        uploads = schema.uploads
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(uploads.c.digest).where(uploads.c.owner == owner, uploads.c.digest.in_(tuple(digests)))
+            )
+            return {row.digest for row in rows}
+
+    def forget(self, owner: str, *, digest: str) -> None:
+        with self._database.write() as connection:
+            connection.execute(schema.uploads.delete().where(_upload(owner, digest)))
+
+    def is_named(self, digest: str) -> bool:
+        """Whether any row still needs the blob."""
+        versions = schema.versions
+        places = (schema.uploads.c.digest, versions.c.digest, versions.c.optimizer_digest, schema.files.c.digest)
+        with self._database.read() as connection:
+            return any(connection.execute(select(place).where(place == digest).limit(1)).first() for place in places)
+
+    def readable(self, identity: Identity, digest: str) -> Readable | None:
+        """The blob's size, when this identity may read it now: sites what a live task names, the operator models."""
+        tasks, versions, files = schema.tasks, schema.versions, schema.files
+        with self._database.read() as connection:
+            if identity.role is Role.OPERATOR:
+                for table in (versions, files):
+                    row = connection.execute(select(table.c.size).where(table.c.digest == digest)).first()
+                    if row is not None:
+                        return Readable(row.size, "")
+                return None
+            row = connection.execute(
+                select(versions.c.size, tasks.c.id)
+                .join(tasks, and_(tasks.c.job_id == versions.c.job_id, tasks.c.version == versions.c.version))
+                .where(versions.c.digest == digest, tasks.c.site == identity.name)
+                .where(tasks.c.state.in_(_LIVE), tasks.c.kind != TaskKind.INIT.value)
+            ).first()
+            return None if row is None else Readable(row.size, row.id)
+
+    def add_traffic(self, task_id: str, *, bytes_up: int = 0, bytes_down: int = 0) -> None:
+        """Adds to a task's count of bytes on the wire, payload only."""
+        tasks = schema.tasks
+        with self._database.write() as connection:
+            connection.execute(
+                update(tasks)
+                .where(tasks.c.id == task_id)
+                .values(bytes_up=tasks.c.bytes_up + bytes_up, bytes_down=tasks.c.bytes_down + bytes_down)
+            )
+
+
+def _upload(owner: str, digest: str):  # type: ignore[no-untyped-def]
+    return and_(schema.uploads.c.owner == owner, schema.uploads.c.digest == digest)

@@ -1,0 +1,268 @@
+"""What the operator may look at: read-only records, made from one state of the database each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import func, or_, select
+
+from coordinator.rounds import state as s
+from coordinator.storage import schema
+from coordinator.storage.database import Database
+from coordinator.storage.work import task_of
+from protos import jobspec
+from protos.errors import Conflict, NotFound
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    id: str
+    spec: jobspec.JobSpec
+    state: s.JobState
+    sentence: str
+    round: int
+    head_version: int | None
+    best_version: int | None
+    base_digest: str
+    service_seconds: float
+    eta_seconds: float | None
+    created_unix_seconds: float
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    site: str
+    fate: s.Fate
+    reason: str
+    examples: int
+    steps: int
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    number: int
+    attempt: int
+    phase: s.Phase
+    sentence: str
+    cohort: tuple[str, ...]
+    # selecting, collecting, aggregating, total; and the aggregation worker's own read, combine, write.
+    seconds: Mapping[str, float]
+    bytes_up: int
+    bytes_down: int
+    updates: tuple[UpdateRecord, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    version: int
+    digest: str
+    size: int
+    contributions: tuple[s.Contribution, ...]
+    files: tuple[tuple[str, str, int], ...]  # name, digest, size
+
+
+@dataclass(frozen=True)
+class EventRecord:
+    id: int
+    unix_seconds: float
+    round: int
+    sentence: str
+
+
+class Views:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def jobs(self) -> list[JobRecord]:
+        """All jobs, the newest first."""
+        with self._database.read() as connection:
+            rows = connection.execute(select(schema.jobs).order_by(schema.jobs.c.created_unix_seconds.desc())).all()
+        return [self._job(row) for row in rows]
+
+    def job(self, id_or_name: str) -> JobRecord:
+        """NotFound; Conflict when several jobs have this name."""
+        with self._database.read() as connection:
+            rows = connection.execute(select(schema.jobs).where(schema.jobs.c.id == id_or_name)).all()
+            if not rows:
+                everything = connection.execute(select(schema.jobs)).all()
+                rows = [row for row in everything if jobspec.from_json(row.spec).name == id_or_name]
+        if not rows:
+            raise NotFound(f"There is no job {id_or_name!r}.", hint="`silotune job list` shows them all.")
+        if len(rows) > 1:
+            ids = ", ".join(sorted(row.id for row in rows))
+            raise Conflict(f"{len(rows)} jobs are named {id_or_name!r}.", hint=f"Give the id instead: {ids}.")
+        return self._job(rows[0])
+
+    def rounds(self, job_id: str, *, last: int) -> list[RoundRecord]:
+        """The latest `last` rounds, oldest first."""
+        rounds, updates, tasks, commands = schema.rounds, schema.updates, schema.tasks, schema.commands
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(rounds).where(rounds.c.job_id == job_id).order_by(rounds.c.number.desc()).limit(last)
+            ).all()
+            if not rows:
+                return []
+            since = rows[-1].number
+            by_round: dict[int, list[UpdateRecord]] = {}
+            for row in connection.execute(
+                select(updates).where(updates.c.job_id == job_id, updates.c.round >= since).order_by(updates.c.site)
+            ):
+                by_round.setdefault(row.round, []).append(
+                    UpdateRecord(
+                        row.site, s.Fate(row.fate), row.reason, row.examples, row.steps, row.metrics, row.seconds
+                    )
+                )
+            traffic = {
+                row.round: (int(row.up or 0), int(row.down or 0))
+                for row in connection.execute(
+                    select(tasks.c.round, func.sum(tasks.c.bytes_up).label("up"), func.sum(tasks.c.bytes_down).label("down"))
+                    .where(tasks.c.job_id == job_id, tasks.c.round >= since)
+                    .where(tasks.c.kind != s.TaskKind.EVALUATE.value)
+                    .group_by(tasks.c.round)
+                )
+            }
+            worker = {
+                row.round: row.seconds
+                for row in connection.execute(
+                    select(commands.c.round, commands.c.seconds).where(
+                        commands.c.job_id == job_id, commands.c.round >= since
+                    )
+                )
+            }
+        records = []
+        for row in reversed(rows):
+            up, down = traffic.get(row.number, (0, 0))
+            records.append(
+                RoundRecord(
+                    number=row.number,
+                    attempt=row.attempt,
+                    phase=s.Phase(row.phase),
+                    sentence=row.sentence,
+                    cohort=tuple(row.cohort),
+                    seconds=_durations(row, worker.get(row.number, {})),
+                    bytes_up=up,
+                    bytes_down=down,
+                    updates=tuple(by_round.get(row.number, ())),
+                )
+            )
+        return records
+
+    def tasks(self, job_id: str, *, round_number: int) -> list[s.Task]:
+        """The tasks of one round, and every evaluation that is not over."""
+        tasks = schema.tasks
+        open_states = [state.value for state in s.TaskState if state.open]
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(tasks)
+                .where(tasks.c.job_id == job_id, or_(tasks.c.round == round_number, tasks.c.state.in_(open_states)))
+                .order_by(tasks.c.kind.desc(), tasks.c.site)
+            ).all()
+        return [task_of(row) for row in rows]
+
+    def evaluations(self, job_id: str, *, since_version: int = 0) -> list[s.Evaluation]:
+        found = schema.evaluations
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(found)
+                .where(found.c.job_id == job_id, found.c.version >= since_version)
+                .order_by(found.c.version, found.c.site, found.c.split)
+            ).all()
+        return [s.Evaluation(row.version, row.site, row.split, row.examples, row.metrics) for row in rows]
+
+    def events(self, job_id: str, *, after_id: int, limit: int = 500) -> list[EventRecord]:
+        """Decisions, oldest first."""
+        events = schema.events
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(events)
+                .where(events.c.job_id == job_id, events.c.id > after_id)
+                .order_by(events.c.id)
+                .limit(limit)
+            ).all()
+        return [EventRecord(row.id, row.unix_seconds, row.round, row.sentence) for row in rows]
+
+    def model(self, job_id: str, *, version: int | None) -> ModelRecord:
+        """A committed version: the one asked for, else the best, else the head. NotFound."""
+        job = self.job(job_id)
+        chosen = version if version is not None else job.best_version if job.best_version is not None else job.head_version
+        if chosen is None:
+            raise NotFound(f"Job {job_id} has no committed version yet.", hint=f"It says: {job.sentence}.")
+        versions, files = schema.versions, schema.files
+        with self._database.read() as connection:
+            row = connection.execute(
+                select(versions).where(versions.c.job_id == job_id, versions.c.version == chosen)
+            ).first()
+            if row is None:
+                raise NotFound(f"Job {job_id} has no version {chosen}; its head is version {job.head_version}.")
+            parts = connection.execute(select(files).where(files.c.job_id == job_id).order_by(files.c.name)).all()
+        return ModelRecord(
+            version=row.version,
+            digest=row.digest,
+            size=row.size,
+            contributions=tuple(s.Contribution(**part) for part in row.contributions),
+            files=tuple((part.name, part.digest, part.size) for part in parts),
+        )
+
+    def garbage(self) -> list[tuple[str, str]]:
+        """(owner, digest) of uploads that nothing needs any more: their round is over and no version or file is them."""
+        uploads, updates, rounds = schema.uploads, schema.updates, schema.rounds
+        used = select(schema.versions.c.digest).union(select(schema.files.c.digest))
+        pending = (
+            select(updates.c.digest)
+            .join(rounds, (rounds.c.job_id == updates.c.job_id) & (rounds.c.number == updates.c.round))
+            .where(rounds.c.phase.not_in((s.Phase.COMMITTED.value, s.Phase.FAILED.value)))
+        )
+        over = select(updates.c.digest)
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(uploads.c.owner, uploads.c.digest).where(
+                    uploads.c.digest.in_(over), uploads.c.digest.not_in(used), uploads.c.digest.not_in(pending)
+                )
+            ).all()
+        return [(row.owner, row.digest) for row in rows]
+
+    def _job(self, row: Any) -> JobRecord:
+        spec = jobspec.from_json(row.spec)
+        rounds = schema.rounds
+        with self._database.read() as connection:
+            number = connection.execute(
+                select(func.max(rounds.c.number)).where(rounds.c.job_id == row.id)
+            ).scalar()
+            spans = connection.execute(
+                select(rounds.c.opened_at, rounds.c.ended_at)
+                .where(rounds.c.job_id == row.id, rounds.c.number > 0, rounds.c.ended_at.is_not(None))
+                .order_by(rounds.c.number.desc())
+                .limit(10)
+            ).all()
+        eta = None
+        if spans and row.state == s.JobState.RUNNING.value:
+            typical = sum(span.ended_at - span.opened_at for span in spans) / len(spans)
+            eta = typical * (spec.rounds - (row.head_version or 0))
+        return JobRecord(
+            id=row.id,
+            spec=spec,
+            state=s.JobState(row.state),
+            sentence=row.sentence,
+            round=number or 0,
+            head_version=row.head_version,
+            best_version=row.best_version,
+            base_digest=row.base_digest,
+            service_seconds=row.service_seconds,
+            eta_seconds=eta,
+            created_unix_seconds=row.created_unix_seconds,
+        )
+
+
+def _durations(row: Any, worker: Mapping[str, float]) -> dict[str, float]:
+    marks = [
+        ("selecting", row.opened_at, row.collecting_at),
+        ("collecting", row.collecting_at, row.aggregating_at if row.aggregating_at is not None else row.ended_at),
+        ("aggregating", row.aggregating_at, row.ended_at),
+        ("total", row.opened_at, row.ended_at),
+    ]
+    found = {name: max(0.0, end - start) for name, start, end in marks if start is not None and end is not None}
+    return {**found, **{f"aggregation_{name}": value for name, value in worker.items()}}

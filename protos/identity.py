@@ -1,0 +1,92 @@
+"""Names, roles and tokens: who may be what in a federation.
+
+The identity of a caller is the URI in its client certificate, `spiffe://silotune/<role>/<name>`; no request has a
+field for it. A join token carries everything an agent needs to trust its coordinator before it has a certificate.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import asdict, dataclass
+from enum import Enum
+
+from protos.digests import digest_of
+from protos.errors import InvalidInput, Unauthenticated
+
+NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_URI = re.compile(r"spiffe://silotune/(site|house|operator|coordinator)/([a-z0-9-]{1,63})")
+_TOKEN_PREFIX = "silo1."
+
+
+class Role(Enum):
+    SITE = "site"
+    HOUSE = "house"  # the operator's own agent beside the coordinator
+    OPERATOR = "operator"
+    COORDINATOR = "coordinator"
+
+
+@dataclass(frozen=True)
+class Identity:
+    role: Role
+    name: str
+
+    @property
+    def uri(self) -> str:
+        return f"spiffe://silotune/{self.role.value}/{self.name}"
+
+
+def check_name(name: str) -> str:
+    """`name` if it may name a site: 1 to 63 of a-z, 0-9 and hyphen, no hyphen at an end. InvalidInput otherwise."""
+    if not NAME.fullmatch(name):
+        raise InvalidInput(
+            f"{name[:80]!r} is not a site name.",
+            hint="Use 1 to 63 lower-case letters, digits and hyphens, for example st-olav.",
+        )
+    return name
+
+
+def parse_uri(uri: str) -> Identity:
+    """Unauthenticated when the URI is not one of ours."""
+    match = _URI.fullmatch(uri)
+    if not match:
+        raise Unauthenticated(f"The certificate's URI {uri[:120]!r} is not a silotune identity.")
+    return Identity(Role(match[1]), match[2])
+
+
+@dataclass(frozen=True)
+class JoinToken:
+    """What `silotune site invite` prints: one use, one name, an expiry that the coordinator keeps."""
+
+    name: str
+    secret: str
+    # Where enrollment is answered; the main address is this host with the coordinator's own port.
+    enrollment_address: str
+    # The CA certificate, DER in base64.
+    ca: str
+
+    def encode(self) -> str:
+        text = json.dumps(asdict(self), separators=(",", ":")).encode()
+        return _TOKEN_PREFIX + base64.urlsafe_b64encode(text).decode().rstrip("=")
+
+    @staticmethod
+    def decode(token: str) -> JoinToken:
+        """InvalidInput when the text is not a whole token."""
+        body = token.strip().removeprefix(_TOKEN_PREFIX)
+        try:
+            fields = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+            return JoinToken(**fields)
+        except (ValueError, TypeError) as error:
+            raise InvalidInput(
+                "This is not a join token, or a part of it is missing.",
+                hint="Copy the whole line that `silotune site invite` printed; it begins with silo1.",
+            ) from error
+
+    @property
+    def ca_der(self) -> bytes:
+        return base64.b64decode(self.ca)
+
+    @property
+    def secret_hash(self) -> str:
+        return digest_of(self.secret.encode())
