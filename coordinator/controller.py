@@ -11,8 +11,6 @@ later. A coordinator killed at any line starts again here and repeats at most on
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from typing import Any
 
 import structlog
 
+from coordinator.aggregation.process import AggregationProcess
 from coordinator.rounds import state as s
 from coordinator.rounds.machine import step
 from coordinator.storage.blobs import BlobStore
@@ -49,7 +48,11 @@ class Controller:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _commands: dict[tuple[str, int, int], asyncio.Task[None]] = field(default_factory=dict)
     _ticked: dict[str, float] = field(default_factory=dict)
+    _process: AggregationProcess = field(default_factory=AggregationProcess)
+    _sweeping: asyncio.Task[None] | None = None
     _stopping: bool = False
+    # The largest resident set of the aggregation process so far.
+    aggregation_peak_bytes: int = 0
     # Monotonic time of the last whole turn, for readiness.
     last_turn: float = field(default_factory=time.monotonic)
 
@@ -67,6 +70,7 @@ class Controller:
             self._wake.clear()
             for job_id in await asyncio.to_thread(self.store.jobs.active):
                 try:
+                    await self._process.start()
                     await self._drive(job_id)
                 except Exception:
                     # One job's defect must not stop the others; the sentence tells its operator where to look.
@@ -81,6 +85,7 @@ class Controller:
         for command in self._commands.values():
             command.cancel()
         await asyncio.gather(*self._commands.values(), return_exceptions=True)
+        await self._process.stop()
 
     def stop(self) -> None:
         self._stopping = True
@@ -100,7 +105,7 @@ class Controller:
             if any(isinstance(effect, (s.QueueTask, s.EndTask, s.SetJobState)) for effect in transition.effects):
                 self.on_work()
             if any(isinstance(effect, s.Commit) for effect in transition.effects):
-                await asyncio.to_thread(self._sweep)
+                self._start_sweep()
         raise RuntimeError(f"job {job_id} took {MAX_STEPS} steps without waiting for anything")
 
     def _step_once(self, job_id: str, elapsed: float) -> tuple[s.Transition, s.Facts]:
@@ -111,9 +116,14 @@ class Controller:
         transition = step(job, facts, job.service_seconds)
         if transition.effects:
             self.store.jobs.apply(job, transition, revision=revision, now_unix_seconds=unix)
-        else:
+        elif not job.state.ended:
             self.store.jobs.say(job_id, transition.sentence)
         return transition, facts
+
+    def _start_sweep(self) -> None:
+        """Beside the next round, which must not wait for files to be deleted."""
+        if self._sweeping is None or self._sweeping.done():
+            self._sweeping = asyncio.create_task(asyncio.to_thread(self._sweep))
 
     def _sweep(self) -> None:
         """Deletes the updates of rounds that are over: the versions made from them are kept, the parts are not."""
@@ -175,7 +185,8 @@ class Controller:
                 if previous["optimizer_digest"]:
                     order["state"] = str(self.blobs.path(previous["optimizer_digest"]))
             began = time.monotonic()
-            result = await _in_process(order)
+            result = await self._process.carry_out(order)
+            self.aggregation_peak_bytes = result.pop("peak_rss_bytes")
             if "corrupt_site" in result:
                 return result
             digest, size = await asyncio.to_thread(self.blobs.adopt, output)
@@ -189,26 +200,3 @@ class Controller:
                 "optimizer_digest": result["optimizer_digest"],
                 "seconds": {**result["seconds"], "process": time.monotonic() - began},
             }
-
-
-async def _in_process(order: dict[str, Any]) -> dict[str, Any]:
-    """The worker's answer. RuntimeError with its last line when it ends without one."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "coordinator.aggregation.worker",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        out, err = await process.communicate(json.dumps(order).encode())
-    except asyncio.CancelledError:
-        process.kill()
-        await process.wait()
-        raise
-    if process.returncode != 0:
-        lines = err.decode(errors="replace").strip().splitlines()
-        last = lines[-1] if lines else "no message"
-        raise RuntimeError(f"the aggregation process ended with status {process.returncode}: {last}")
-    return json.loads(out)

@@ -1,12 +1,14 @@
-"""The aggregation process: one command on standard input, one JSON line out.
+"""The aggregation process: orders as JSON lines on standard input, a JSON line out for each.
 
-It is started by exec for each command, so that its memory is its own, heartbeats never wait for it, and a crash in it
-is one failed command. Killing it at any instant leaves a temporary file and nothing else.
+It is a process of its own, so that its memory is its own, heartbeats never wait for it, and a crash in it is one failed
+command. It stays warm, because starting an interpreter takes longer than averaging a small model. Killing it at any
+instant leaves a temporary file and nothing else. It ends with its standard input.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +45,14 @@ def carry_out(command: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    print(json.dumps(carry_out(json.load(sys.stdin))))
+    for line in sys.stdin:
+        try:
+            answer = carry_out(json.loads(line))
+        except Exception as error:
+            # The controller writes this down as the command's error and tries again later.
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answer["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

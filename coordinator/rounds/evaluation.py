@@ -38,7 +38,8 @@ def score(spec: JobSpec, evaluations: Sequence[Evaluation], *, version: int, hou
     found = [
         evaluation
         for evaluation in evaluations
-        if evaluation.version == version and evaluation.split == VALIDATION and spec.evaluation.metric in evaluation.metrics
+        if (evaluation.version, evaluation.split) == (version, VALIDATION)
+        and spec.evaluation.metric in evaluation.metrics
     ]
     if "house" in spec.evaluation.where and house:
         found = [evaluation for evaluation in found if evaluation.site == house]
@@ -52,7 +53,7 @@ def score(spec: JobSpec, evaluations: Sequence[Evaluation], *, version: int, hou
 def scores(job: Job, facts: Facts) -> dict[int, float]:
     """The score of every version that has one and is no longer being measured."""
     house = house_agent(facts)
-    pending = {task.version for task in facts.tasks if task.kind is TaskKind.EVALUATE and task.state.open}
+    pending = {task.version for task in facts.tasks if task.split == VALIDATION and task.state.open}
     found: dict[int, float] = {}
     for version in sorted({evaluation.version for evaluation in facts.evaluations} - pending):
         value = score(job.spec, facts.evaluations, version=version, house=house)

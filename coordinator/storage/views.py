@@ -51,6 +51,7 @@ class RoundRecord:
     cohort: tuple[str, ...]
     # selecting, collecting, aggregating, total; and the aggregation worker's own read, combine, write.
     seconds: Mapping[str, float]
+    # Payload of the round's tasks, the evaluation of the version that it made included.
     bytes_up: int
     bytes_down: int
     updates: tuple[UpdateRecord, ...] = field(default=())
@@ -121,7 +122,6 @@ class Views:
                 for row in connection.execute(
                     select(tasks.c.round, func.sum(tasks.c.bytes_up).label("up"), func.sum(tasks.c.bytes_down).label("down"))
                     .where(tasks.c.job_id == job_id, tasks.c.round >= since)
-                    .where(tasks.c.kind != s.TaskKind.EVALUATE.value)
                     .group_by(tasks.c.round)
                 )
             }

@@ -1,0 +1,176 @@
+"""The operator's side of the coordinator: a profile on disk, and calls over mutual TLS.
+
+Calls are synchronous, because a command does one thing after another. Every one has a deadline: a stopped server
+answers nothing, and keepalive notices only a dead connection.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+from cryptography import x509
+from google.protobuf.message import Message
+
+from coordinator.settings import profile_directory
+from protos import frames
+from protos.channel import CLIENT_OPTIONS
+from protos.errors import DETAILS_KEY, SilotuneError, Unauthenticated, Unavailable, from_details
+from protos.frames import Frame
+from protos.v1 import operator_pb2_grpc, transfer_pb2
+
+CALL_TIMEOUT_SECONDS = 15.0
+# One stream of a download; a longer one is continued by the next.
+READ_TIMEOUT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Who the operator is, and where the coordinator: what `silotune-coordinator init` wrote."""
+
+    directory: Path
+    address: str
+    ca: bytes
+    certificate: bytes
+    key: bytes
+
+    @property
+    def expires(self) -> datetime:
+        return x509.load_pem_x509_certificate(self.certificate).not_valid_after_utc
+
+
+def load_profile(name_or_directory: str) -> Profile:
+    """Unauthenticated when there is no such profile, or a part of it is missing."""
+    directory = profile_directory(name_or_directory)
+    try:
+        return Profile(
+            directory=directory,
+            address=tomllib.loads((directory / "profile.toml").read_text())["address"],
+            ca=(directory / "ca.pem").read_bytes(),
+            certificate=(directory / "certificate.pem").read_bytes(),
+            key=(directory / "key.pem").read_bytes(),
+        )
+    except FileNotFoundError as error:
+        raise Unauthenticated(
+            f"There is no operator profile in {directory}: {Path(error.filename).name} is missing.",
+            hint="`silotune-coordinator init` writes one; copy its folder here, or name another with --profile.",
+        ) from None
+    except (tomllib.TOMLDecodeError, KeyError) as error:
+        raise Unauthenticated(f"{directory / 'profile.toml'} does not name the coordinator's address.") from error
+
+
+class OperatorClient:
+    """One connection to the coordinator. SilotuneError as the coordinator raised it; Unavailable without an answer."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self._channel = self._open_channel()
+        self._stub = operator_pb2_grpc.OperatorServiceStub(self._channel)
+
+    def __enter__(self) -> OperatorClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def ask(self, method: str, request: Message, *, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> Any:
+        """The answer of one method of OperatorService."""
+        try:
+            return getattr(self._stub, method)(request, timeout=timeout_seconds)
+        except grpc.RpcError as error:
+            raise self._explain(error, timeout_seconds=timeout_seconds) from error
+
+    def read(self, digest: str, *, offset: int) -> Iterator[Frame]:
+        """The frames of a blob from `offset` on, each checked; CorruptData where one is not what was sent."""
+        with self._open_channel() as channel:
+            read = channel.unary_stream(
+                "/silotune.v1.TransferService/Read",
+                request_serializer=transfer_pb2.ReadRequest.SerializeToString,
+                response_deserializer=None,
+            )
+            call = read(transfer_pb2.ReadRequest(digest=digest, offset=offset), timeout=READ_TIMEOUT_SECONDS)
+            try:
+                for message in call:
+                    yield frames.decode(message)
+            except grpc.RpcError as error:
+                raise self._explain(error, timeout_seconds=READ_TIMEOUT_SECONDS) from error
+            finally:
+                call.cancel()
+
+    def _open_channel(self) -> grpc.Channel:
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=self.profile.ca,
+            private_key=self.profile.key,
+            certificate_chain=self.profile.certificate,
+        )
+        return grpc.secure_channel(self.profile.address, credentials, options=CLIENT_OPTIONS)
+
+    def _explain(self, error: Any, *, timeout_seconds: float) -> SilotuneError:
+        code, details = error.code().name, error.details() or ""
+        packed = next((value for key, value in error.trailing_metadata() or () if key == DETAILS_KEY), None)
+        found = from_details(code, details, packed)
+        if packed is not None or not isinstance(found, Unavailable):
+            return found
+        # gRPC says "Socket closed" when the server refuses the client's certificate, so look at it here.
+        if self.profile.expires < datetime.now(UTC):
+            return Unauthenticated(
+                f"The operator certificate in {self.profile.directory} expired on {self.profile.expires:%Y-%m-%d}.",
+                hint="`silotune-coordinator operator` on the coordinator's machine writes a fresh profile.",
+            )
+        reason, hint = _what_to_check(code, details, timeout_seconds=timeout_seconds)
+        return Unavailable(f"The coordinator at {self.profile.address} cannot be reached: {reason}.", hint=hint)
+
+
+def _what_to_check(code: str, details: str, *, timeout_seconds: float) -> tuple[str, str]:
+    if code == "DEADLINE_EXCEEDED":
+        return (
+            f"no answer within {timeout_seconds:.0f} s",
+            "Check that a firewall lets this machine through, and that the coordinator is not overloaded.",
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return (
+            "its certificate is not from the CA in this profile",
+            "Check the address in profile.toml; after a new `silotune-coordinator init` copy the new profile.",
+        )
+    if "Peer name" in details or "Hostname Verification" in details:
+        return (
+            "its certificate is for another host name",
+            "Use a name or address that was given to `silotune-coordinator init --host`.",
+        )
+    if "refused" in details:
+        return "nothing listens there", "Check that `silotune-coordinator serve` runs, and the address in profile.toml."
+    return details.split("\n")[0][:200].rstrip(".") or code, "Check the address in profile.toml and the network."
+
+
+def facts(message: Message) -> dict[str, Any]:
+    """A message as plain values for JSON: numbers stay numbers, enums lose their prefix, what is not set is None."""
+    found: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            found[field.name] = dict(value)
+        elif field.is_repeated:
+            found[field.name] = [_fact(item, field) for item in value]
+        elif field.has_presence and not message.HasField(field.name):
+            found[field.name] = None
+        else:
+            found[field.name] = _fact(value, field)
+    return found
+
+
+def _fact(value: Any, field: Any) -> Any:
+    if isinstance(value, Message):
+        return facts(value)
+    return word(field.enum_type, value) if field.enum_type is not None else value
+
+
+def word(enum: Any, value: int) -> str:
+    """An enum's value as people say it: JOB_STATE_RUNNING is RUNNING, an unset one is empty."""
+    name: str = enum.values_by_number[value].name
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return "" if value == 0 else name.removeprefix(prefix)

@@ -1,0 +1,278 @@
+"""What every call passes before a service sees it: outcome (errors, metrics, logs), then gate (identity, role).
+
+The identity comes from the client certificate alone. gRPC verified its signature when the connection was made, but it
+neither looks at expiry again nor knows revocation, so both are checked here on every call, and again while a stream
+runs. A method that is not in ACCESS is refused: a new one cannot be reachable by oversight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import inspect
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import grpc
+import structlog
+from cryptography import x509
+
+from coordinator.observe import Metrics
+from coordinator.services.wire import CALLER
+from protos.errors import (
+    DETAILS_KEY,
+    Forbidden,
+    Internal,
+    OutOfSpace,
+    SilotuneError,
+    Unauthenticated,
+    Unavailable,
+    to_details,
+)
+from protos.identity import Identity, Role, parse_uri
+
+REGISTRY_CACHE_SECONDS = 1.0
+# Only for a coordinator that serves without TLS on loopback.
+INSECURE_IDENTITY_KEY = "silotune-insecure-identity"
+
+_SITES = frozenset({Role.SITE, Role.HOUSE})
+_OPERATOR = frozenset({Role.OPERATOR})
+_ANYONE = _SITES | _OPERATOR
+
+ACCESS: dict[str, frozenset[Role]] = {
+    "/silotune.v1.AgentService/LeaseTask": _SITES,
+    "/silotune.v1.AgentService/Heartbeat": _SITES,
+    "/silotune.v1.AgentService/FinishTask": _SITES,
+    "/silotune.v1.AgentService/RenewCertificate": _SITES,
+    "/silotune.v1.TransferService/FindMissing": _SITES,
+    "/silotune.v1.TransferService/Read": _ANYONE,
+    "/silotune.v1.TransferService/Write": _SITES,
+    "/silotune.v1.TransferService/QueryWriteStatus": _SITES,
+    "/silotune.v1.OperatorService/SubmitJob": _OPERATOR,
+    "/silotune.v1.OperatorService/ListJobs": _OPERATOR,
+    "/silotune.v1.OperatorService/GetJob": _OPERATOR,
+    "/silotune.v1.OperatorService/ListEvents": _OPERATOR,
+    "/silotune.v1.OperatorService/ControlJob": _OPERATOR,
+    "/silotune.v1.OperatorService/GetModel": _OPERATOR,
+    "/silotune.v1.OperatorService/InviteSite": _OPERATOR,
+    "/silotune.v1.OperatorService/ListSites": _OPERATOR,
+    "/silotune.v1.OperatorService/RevokeSite": _OPERATOR,
+    "/grpc.health.v1.Health/Check": _ANYONE,
+    "/grpc.health.v1.Health/Watch": _ANYONE,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _OPERATOR,
+}
+
+_log = structlog.get_logger("rpc")
+
+Around = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[None]]
+
+
+class Outcome(grpc.aio.ServerInterceptor):
+    """Turns whatever a call raises into its gRPC status, counts it, times it and logs it. The outermost."""
+
+    def __init__(self, *, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(self, continuation, details):
+        handler = await continuation(details)
+        return handler and _wrap(handler, lambda context: self._around(details.method, context))
+
+    @asynccontextmanager
+    async def _around(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        begun, code = time.monotonic(), "OK"
+        try:
+            yield
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
+        except grpc.aio.AbortError:
+            code = "ABORTED_BY_LIBRARY"
+            raise
+        except Exception as error:
+            ours = _as_ours(error, method=method)
+            code = ours.code
+            status = grpc.StatusCode[code]
+            details = to_details(ours, code_number=status.value[0])
+            await context.abort(status, ours.message, trailing_metadata=((DETAILS_KEY, details),))
+        finally:
+            seconds = time.monotonic() - begun
+            short = method.rsplit(".", 1)[-1]
+            self._metrics.rpc_seconds.labels(method=short, code=code).observe(seconds)
+            caller = CALLER.get()
+            _log.debug(
+                "call ended",
+                method=short,
+                code=code,
+                caller=caller.identity.name if caller else None,
+                seconds=round(seconds, 4),
+            )
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Lets a call through when its certificate is good now, its site is enrolled now, and its role may call it."""
+
+    def __init__(
+        self,
+        *,
+        site_state: Callable[[str], tuple[str, Role] | None],
+        unix_seconds: Callable[[], float] = time.time,
+        insecure: bool = False,
+    ) -> None:
+        """`site_state(name)` answers (state, role) of the registry row; it may block and runs in a thread."""
+        self._site_state = site_state
+        self._unix_seconds = unix_seconds
+        self._insecure = insecure
+        self._rows: dict[str, tuple[float, tuple[str, Role] | None]] = {}
+
+    async def intercept_service(self, continuation, details):
+        handler = await continuation(details)
+        return handler and _wrap(handler, lambda context: self._around(details.method, context))
+
+    @asynccontextmanager
+    async def _around(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        certificate = _insecure_certificate(context) if self._insecure else _certificate(context)
+        admitted = Admitted(certificate.identity, certificate.not_after_unix_seconds, self)
+        # Each call is a task of its own, and so is its context.
+        CALLER.set(admitted)
+        await admitted.check()
+        if admitted.identity.role not in ACCESS.get(method, frozenset()):
+            raise Forbidden(f"A certificate of role {admitted.identity.role.value} may not call {method}.")
+        yield
+
+    async def check(self, identity: Identity, *, not_after_unix_seconds: float) -> None:
+        if self._unix_seconds() >= not_after_unix_seconds:
+            raise Unauthenticated(
+                f"The certificate of {identity.name} has expired.",
+                hint="A site enrolls again with a new token; an operator runs `silotune-coordinator operator`.",
+            )
+        # Operators have no registry row: their certificates are made with the CA key itself.
+        if identity.role is Role.OPERATOR:
+            return
+        row = await self._row(identity.name)
+        if row is None or row[0] == "INVITED" or row[1] is not identity.role:
+            raise Unauthenticated(
+                f"{identity.name} is not enrolled as {identity.role.value} here.", hint="Enroll with a new token."
+            )
+        if row[0] != "ENROLLED":
+            raise Unauthenticated(
+                f"The enrollment of {identity.name} was revoked.", hint="The operator can invite the site again."
+            )
+
+    async def _row(self, name: str) -> tuple[str, Role] | None:
+        now = time.monotonic()
+        read_at, row = self._rows.get(name, (float("-inf"), None))
+        if now - read_at >= REGISTRY_CACHE_SECONDS:
+            row = await asyncio.to_thread(self._site_state, name)
+            if row is None:
+                self._rows.pop(name, None)
+            else:
+                self._rows[name] = (now, row)
+        return row
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """wire.Caller of one call."""
+
+    identity: Identity
+    not_after_unix_seconds: float
+    gate: Gate
+
+    async def check(self) -> None:
+        await self.gate.check(self.identity, not_after_unix_seconds=self.not_after_unix_seconds)
+
+
+class RateLimit(grpc.aio.ServerInterceptor):
+    """A token bucket for each peer address, for the listener where nobody is known yet."""
+
+    def __init__(self, *, burst: int = 60, per_second: float = 1.0, peers: int = 4096) -> None:
+        self._burst = burst
+        self._per_second = per_second
+        self._peers = peers
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    async def intercept_service(self, continuation, details):
+        handler = await continuation(details)
+        return handler and _wrap(handler, self._around)
+
+    @asynccontextmanager
+    async def _around(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        peer = context.peer().rsplit(":", 1)[0]
+        now = time.monotonic()
+        tokens, at = self._buckets.pop(peer, (float(self._burst), now))
+        tokens = min(self._burst, tokens + (now - at) * self._per_second)
+        self._buckets[peer] = (max(0.0, tokens - 1), now)
+        if len(self._buckets) > self._peers:
+            self._buckets.popitem(last=False)
+        if tokens < 1:
+            raise Unavailable("Too many enrollments came from this address.", hint="Try again in a minute.")
+        yield
+
+
+@dataclass(frozen=True)
+class _Certificate:
+    identity: Identity
+    not_after_unix_seconds: float
+
+
+def _certificate(context: grpc.aio.ServicerContext) -> _Certificate:
+    presented = context.auth_context().get("x509_pem_cert")
+    if not presented:
+        raise Unauthenticated("This call needs a client certificate.")
+    return _read_certificate(next(iter(presented)))
+
+
+@lru_cache(maxsize=4096)
+def _read_certificate(pem: bytes) -> _Certificate:
+    certificate = x509.load_pem_x509_certificate(pem)
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        raise Unauthenticated("The client certificate names nobody.") from None
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    if len(uris) != 1:
+        raise Unauthenticated("The client certificate does not have exactly one identity.")
+    return _Certificate(parse_uri(uris[0]), certificate.not_valid_after_utc.timestamp())
+
+
+def _insecure_certificate(context: grpc.aio.ServicerContext) -> _Certificate:
+    for key, value in context.invocation_metadata() or ():
+        if key == INSECURE_IDENTITY_KEY:
+            return _Certificate(parse_uri(str(value)), float("inf"))
+    raise Unauthenticated(f"This call needs {INSECURE_IDENTITY_KEY} in its metadata.")
+
+
+def _wrap(handler: grpc.RpcMethodHandler, around: Around) -> grpc.RpcMethodHandler:
+    """The same handler with `around(context)` about its behaviour, whichever of gRPC's four kinds it is."""
+    streaming = (handler.request_streaming, handler.response_streaming)
+    kind = "_".join("stream" if streams else "unary" for streams in streaming)
+    inner = getattr(handler, kind)
+
+    async def awaited(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async with around(context):
+            return await inner(request, context)
+
+    async def generated(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async with around(context):
+            async for message in inner(request, context):
+                yield message
+
+    return handler._replace(**{kind: generated if inspect.isasyncgenfunction(inner) else awaited})  # type: ignore
+
+
+def _as_ours(error: Exception, *, method: str) -> SilotuneError:
+    if isinstance(error, SilotuneError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutOfSpace("The coordinator's disk is full.", hint="It goes on by itself when there is room again.")
+    correlation = secrets.token_hex(6)
+    _log.error("call failed", method=method, correlation_id=correlation, exc_info=error)
+    return Internal(
+        f"The coordinator failed on this call (id {correlation}).", hint="Its log has the details under this id."
+    )

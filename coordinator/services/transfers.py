@@ -1,0 +1,223 @@
+"""TransferService: bytes in both directions, resumable at any offset (protos/v1/transfer.proto says what is promised).
+
+Who may read a blob is a question to the store, so this file has no policy. Memory is bounded by
+`max_transfers` x 2 batches of frames plus the frame cache: neither the number of sites nor the size of a model is in
+it. While one batch is being hashed and written by a thread, the next is received.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from prometheus_client import Counter
+
+from coordinator.observe import Metrics
+from coordinator.rounds.state import TaskKind
+from coordinator.services.wire import Caller, Frames, Send
+from coordinator.storage.blobs import BlobStore, Upload
+from coordinator.storage.frames import FrameCache
+from coordinator.storage.store import Store
+from protos import frames
+from protos.digests import check_digest
+from protos.errors import InvalidInput, NotFound, Unavailable
+from protos.frames import FRAME_BYTES
+from protos.v1 import transfer_pb2 as pb
+
+Answer = TypeVar("Answer")
+
+# Appended together by one hop to a thread.
+BATCH_FRAMES = 4
+# The lease is looked at again after so many frames, and the certificate at every frame.
+LEASE_CHECK_FRAMES = 256
+# A peer that neither sends nor takes a frame for so long loses its turn, not its bytes.
+STALL_SECONDS = 60.0
+MAX_DIGESTS = 1000
+
+
+class TransferService:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        blobs: BlobStore,
+        disk: Executor,
+        metrics: Metrics,
+        max_transfers: int,
+        max_blob_bytes: int,
+        frame_cache_bytes: int,
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._disk = disk
+        self._metrics = metrics
+        self._max_blob_bytes = max_blob_bytes
+        self._turns = asyncio.Semaphore(max_transfers)
+        self._cache = FrameCache(blobs, disk=disk, budget_bytes=frame_cache_bytes)
+
+    async def find_missing(self, request: pb.FindMissingRequest, caller: Caller) -> pb.FindMissingResponse:
+        if len(request.blobs) > MAX_DIGESTS:
+            raise InvalidInput(f"{len(request.blobs)} blobs were asked for; {MAX_DIGESTS} at most.")
+        have = await self._uploaded(caller, [check_digest(blob.digest) for blob in request.blobs])
+        return pb.FindMissingResponse(missing=[blob for blob in request.blobs if blob.digest not in have])
+
+    async def query_write_status(
+        self, request: pb.QueryWriteStatusRequest, caller: Caller
+    ) -> pb.QueryWriteStatusResponse:
+        digest = check_digest(request.blob.digest)
+        if await self._uploaded(caller, [digest]):
+            return pb.QueryWriteStatusResponse(committed_size=request.blob.size, sealed=True)
+        kept = await self._in_disk(self._blobs.committed_size, caller.identity.name, digest)
+        return pb.QueryWriteStatusResponse(committed_size=kept, sealed=False)
+
+    async def read(self, request: pb.ReadRequest, caller: Caller, send: Send) -> None:
+        digest = check_digest(request.digest)
+        readable = await asyncio.to_thread(self._store.uploads.readable, caller.identity, digest)
+        if readable is None:
+            raise NotFound(f"There is no blob {digest[:16]} that this caller may read.")
+        if request.offset > readable.size:
+            raise InvalidInput(f"Byte {request.offset} is beyond the end of the blob, which has {readable.size}.")
+        async with self._turns, self._traffic("down", task_id=readable.task_id) as traffic:
+            offset = request.offset
+            ahead = self._frame_ahead(digest, offset=offset, size=readable.size)
+            try:
+                while ahead is not None:
+                    frame = await ahead
+                    end = min(readable.size, (offset // FRAME_BYTES + 1) * FRAME_BYTES)
+                    ahead = self._frame_ahead(digest, offset=end, size=readable.size)
+                    await caller.check()
+                    async with _stall_limit():
+                        await send(frame)
+                    traffic.add(end - offset)
+                    offset = end
+            finally:
+                if ahead is not None:
+                    ahead.cancel()
+
+    async def write(self, messages: Frames, caller: Caller) -> pb.WriteResponse:
+        opening = await _next(messages)
+        target = frames.decode(opening or b"").target
+        if target is None:
+            raise InvalidInput("The first frame of an upload must name its target.")
+        blob, owner = target.blob, caller.identity.name
+        check_digest(blob.digest)
+        if blob.size > self._max_blob_bytes:
+            raise InvalidInput(f"The blob has {blob.size} bytes; {self._max_blob_bytes} are the most allowed here.")
+        await self._check_lease(target, caller)
+        if await self._uploaded(caller, [blob.digest]):
+            return pb.WriteResponse(committed_size=blob.size, sealed=True)
+        async with self._turns, self._traffic("up", task_id=target.task_id) as traffic:
+            upload = await self._in_disk(partial(self._blobs.open_upload, owner, blob.digest, size=blob.size))
+            try:
+                if upload.offset < blob.size:
+                    await self._receive(messages, opening, upload=upload, target=target, caller=caller, traffic=traffic)
+                if upload.offset < blob.size:
+                    return pb.WriteResponse(committed_size=upload.offset, sealed=False)
+                await self._in_disk(upload.seal)
+            finally:
+                await self._in_disk(upload.close)
+        await asyncio.to_thread(self._store.uploads.add, owner, digest=blob.digest, size=blob.size)
+        await self._in_disk(self._blobs.forget_upload, owner, blob.digest)
+        return pb.WriteResponse(committed_size=blob.size, sealed=True)
+
+    async def _receive(
+        self,
+        messages: Frames,
+        opening: bytes | None,
+        *,
+        upload: Upload,
+        target: pb.UploadTarget,
+        caller: Caller,
+        traffic: _Traffic,
+    ) -> None:
+        """Appends frames until the stream ends; while a thread appends one batch the next one arrives."""
+        batch: list[bytes] = []
+        appending: asyncio.Future[int] | None = None
+        message, received = opening, 0
+        while message is not None:
+            batch.append(message)
+            received += 1
+            if appending is None or appending.done() or len(batch) >= BATCH_FRAMES:
+                if appending is not None:
+                    traffic.add(await appending)
+                appending = self._in_disk(_append, upload, batch)
+                batch = []
+            await caller.check()
+            if received % LEASE_CHECK_FRAMES == 0:
+                await self._check_lease(target, caller)
+            message = await _next(messages)
+        if appending is not None:
+            traffic.add(await appending)
+        traffic.add(await self._in_disk(_append, upload, batch))
+
+    async def _check_lease(self, target: pb.UploadTarget, caller: Caller) -> None:
+        task = await asyncio.to_thread(
+            self._store.work.live, target.task_id, site=caller.identity.name, generation=target.generation
+        )
+        if task.kind is TaskKind.EVALUATE:
+            raise InvalidInput("An evaluation has nothing to upload.")
+
+    async def _uploaded(self, caller: Caller, digests: list[str]) -> set[str]:
+        return await asyncio.to_thread(self._store.uploads.known, caller.identity.name, digests)
+
+    def _frame_ahead(self, digest: str, *, offset: int, size: int) -> asyncio.Task[bytes] | None:
+        return asyncio.create_task(self._cache.frame(digest, offset=offset)) if offset < size else None
+
+    @asynccontextmanager
+    async def _traffic(self, direction: str, *, task_id: str) -> AsyncIterator[_Traffic]:
+        traffic = _Traffic(self._metrics.transfer_bytes.labels(direction=direction))
+        with self._metrics.transfers_active.labels(direction=direction).track_inprogress():
+            try:
+                yield traffic
+            finally:
+                if task_id and traffic.counted_bytes:
+                    counted = {f"bytes_{direction}": traffic.counted_bytes}
+                    await asyncio.to_thread(partial(self._store.uploads.add_traffic, task_id, **counted))
+
+    def _in_disk(self, function: Callable[..., Answer], *arguments: object) -> asyncio.Future[Answer]:
+        return asyncio.get_running_loop().run_in_executor(self._disk, function, *arguments)
+
+
+@dataclass
+class _Traffic:
+    """Payload bytes of one stream."""
+
+    counter: Counter
+    counted_bytes: int = 0
+
+    def add(self, count: int) -> None:
+        self.counter.inc(count)
+        self.counted_bytes += count
+
+
+def _append(upload: Upload, messages: list[bytes]) -> int:
+    """Payload bytes appended. A damaged frame ends it: those before it are kept, and the offset stays at them."""
+    appended = 0
+    for message in messages:
+        frame = frames.decode(message)
+        if frame.data:
+            upload.append(frame.data, offset=frame.offset)
+            appended += len(frame.data)
+    return appended
+
+
+async def _next(messages: Frames) -> bytes | None:
+    """The next frame; None at the end of the stream."""
+    async with _stall_limit():
+        return await anext(messages, None)
+
+
+@asynccontextmanager
+async def _stall_limit() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            yield
+    except TimeoutError as error:
+        raise Unavailable(
+            f"Nothing moved for {STALL_SECONDS:g} s, so the transfer was ended.", hint="It continues where it stopped."
+        ) from error
