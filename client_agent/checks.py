@@ -1,0 +1,137 @@
+"""`silotune-agent check`: everything that a job would need, looked at before there is one; each finding a sentence."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from client_agent import facts, identity, policy, settings
+from client_agent.home import Home
+from client_agent.models import Models
+from client_agent.probe import probe
+from client_agent.settings import DataSet, SiteSettings
+from client_agent.training.data import Rows, Split, read_rows
+from protos.errors import SilotuneError
+
+FEW_GIGABYTES = 5
+SHOWN_LABELS = 12
+
+
+@dataclass(frozen=True)
+class Finding:
+    subject: str
+    ok: bool
+    sentence: str
+
+
+def all_findings(home: Home) -> Iterator[Finding]:
+    """One finding after another, as each is known; reads all data and all models."""
+    yield from _identity(home)
+    try:
+        site = settings.load(home.site_file)
+    except SilotuneError as error:
+        yield Finding("site.toml", False, str(error))
+        return
+    yield Finding("policy", site.policy is not None, policy.in_words(site.policy))
+    yield from _policy_names(home, site)
+    if not site.data:
+        yield Finding("data", False, "site.toml describes no data set; only jobs without data can run")
+    for name, data_set in site.data.items():
+        yield from _data_set(name, data_set.at(home.site_file.parent))
+    yield from _models(home)
+    yield _device(site)
+    yield _disk(home)
+
+
+def _identity(home: Home) -> Iterator[Finding]:
+    try:
+        enrolled = identity.load(home.identity)
+    except SilotuneError as error:
+        yield Finding("identity", False, str(error))
+        return
+    try:
+        enrolled.check_valid(now=identity.utc_now())
+    except SilotuneError as error:
+        yield Finding("certificate", False, str(error))
+    else:
+        yield Finding(
+            "certificate",
+            True,
+            f"this is {enrolled.name} ({enrolled.role}), valid until {enrolled.expires:%Y-%m-%d %H:%M} UTC",
+        )
+    found = probe(enrolled.coordinator, ca_pem=enrolled.ca)
+    yield Finding("network", found.reachable, found.sentence)
+
+
+def _policy_names(home: Home, site: SiteSettings) -> Iterator[Finding]:
+    """Names in the policy that stand for nothing here are most often slips of the pen."""
+    if site.policy is None:
+        return
+    models = Models(home.models_file).all()
+    known_models = {model.name for model in models} | {model.digest for model in models}
+    for kind, allowed, known in (
+        ("base_models", site.policy.base_models, known_models),
+        ("data_sets", site.policy.data_sets, set(site.data)),
+    ):
+        for name in allowed:
+            if name != policy.EVERYTHING and name not in known:
+                yield Finding("policy", False, f"{kind} names {name!r}, which this site does not have")
+
+
+def _data_set(name: str, data_set: DataSet) -> Iterator[Finding]:
+    splits: list[Split] = ["train"]
+    if data_set.validation:
+        splits.append("validation")
+    if data_set.test is not None:
+        splits.append("test")
+    for split in splits:
+        subject = f"data {name}, {split}"
+        try:
+            rows = read_rows(data_set, name=name, labels=None, split=split)
+        except SilotuneError as error:
+            yield Finding(subject, False, str(error))
+        else:
+            yield Finding(subject, True, _describe(rows))
+
+
+def _describe(rows: Rows) -> str:
+    counts = Counter(rows.label_names[label] for label in rows.labels).most_common()
+    shown = ", ".join(f"{label} {count}" for label, count in counts[:SHOWN_LABELS])
+    more = f" and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
+    skipped = f"; {rows.skipped} rows without text or label left out" if rows.skipped else ""
+    return f"{len(rows)} rows, {len(counts)} labels: {shown}{more}{skipped}"
+
+
+def _models(home: Home) -> Iterator[Finding]:
+    registry = Models(home.models_file)
+    known = registry.all()
+    if not known:
+        yield Finding("base models", False, "none yet; add one with `silotune-agent model add NAME --path DIR`")
+    for model in known:
+        subject = f"base model {model.name}"
+        try:
+            current = registry.current(model.name)
+        except SilotuneError as error:
+            yield Finding(subject, False, str(error))
+            continue
+        if current.digest != model.digest:
+            sentence = f"its files changed: the digest was {model.digest[:12]} and is {current.digest[:12]} now"
+            yield Finding(subject, False, sentence)
+        else:
+            sentence = f"{current.parameters:,} parameters, {current.size_bytes / 1e6:,.1f} MB, {current.digest[:12]}"
+            yield Finding(subject, True, sentence)
+
+
+def _device(site: SiteSettings) -> Finding:
+    gpu = facts.gpu_name()
+    device = facts.choose_device(site.device, gpu=gpu)
+    if device != "cpu" and not gpu:
+        return Finding("device", False, f"site.toml wants {device}, but there is no NVIDIA GPU that this machine knows")
+    return Finding("device", True, f"jobs run on {device}" + (f" ({gpu})" if gpu and device != "cpu" else ""))
+
+
+def _disk(home: Home) -> Finding:
+    free = shutil.disk_usage(home.path).free
+    return Finding("disk", free >= FEW_GIGABYTES << 30, f"{free / 1e9:,.1f} GB free in the agent's home")

@@ -1,0 +1,98 @@
+"""What the agent says of its machine and its holdings with each request for work; found without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import structlog
+
+from client_agent.home import Home
+from client_agent.models import Models
+from client_agent.settings import Device, SiteSettings
+from client_agent.taskdir import write_json
+from client_agent.training.data import fingerprint, read_rows, without_content
+from protos.digests import digest_of
+from protos.errors import SilotuneError
+from protos.v1 import agent_pb2
+
+NVIDIA_SMI_SECONDS = 10
+
+log = structlog.get_logger()
+
+
+def agent_version() -> str:
+    try:
+        return version("silotune")
+    except PackageNotFoundError:
+        return "0+unpackaged"
+
+
+def gpu_name() -> str:
+    """The first NVIDIA GPU's name; empty when there is none that the driver knows."""
+    if not Path("/dev/nvidia0").exists():
+        return ""
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=NVIDIA_SMI_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "NVIDIA GPU"  # The device file is there; the tool need not be.
+    return found.stdout.splitlines()[0].strip() if found.stdout.strip() else ""
+
+
+def choose_device(device: Device, *, gpu: str) -> str:
+    """ "cpu" or "cuda:N", as the trainer understands it."""
+    if device.name == "auto":
+        return "cuda:0" if gpu else "cpu"
+    return "cuda:0" if device.name == "cuda" else device.name
+
+
+def count_rows(home: Home, settings: SiteSettings) -> dict[str, int]:
+    """Training rows of each data set; 0 where it cannot be read. Counted anew only when a file has changed."""
+    known = json.loads(home.row_counts_file.read_text()) if home.row_counts_file.exists() else {}
+    counts = {}
+    for name, data_set in settings.data.items():
+        place = data_set.at(home.site_file.parent)
+        try:
+            # The stamp holds the path, so only its digest is kept.
+            stamp = digest_of(repr(fingerprint(place, name=name, split="train")).encode())
+            if stamp not in known:
+                known[stamp] = len(read_rows(place, name=name, labels=None, split="train"))
+        except SilotuneError as error:
+            log.warning("A data set cannot be used.", data_set=name, reason=without_content(error))
+            counts[name] = 0
+        else:
+            counts[name] = known[stamp]
+    write_json(home.row_counts_file, known)
+    return counts
+
+
+def agent_info(home: Home, settings: SiteSettings, *, gpu: str, rows: dict[str, int]) -> agent_pb2.AgentInfo:
+    device = choose_device(settings.device, gpu=gpu)
+    return agent_pb2.AgentInfo(
+        version=agent_version(),
+        device=f"{device} ({gpu})" if gpu and device != "cpu" else device,
+        data_sets=[agent_pb2.DataSetInfo(name=name, rows=rows.get(name, 0)) for name in settings.data],
+        base_models=[
+            agent_pb2.BaseModelInfo(
+                name=model.name,
+                digest=model.digest,
+                parameters=model.parameters,
+                size_bytes=model.size_bytes,
+                hidden_size=model.hidden_size,
+                layers=model.layers,
+            )
+            for model in Models(home.models_file).all()
+        ],
+        memory_bytes=psutil.virtual_memory().total,
+        free_disk_bytes=shutil.disk_usage(home.path).free,
+    )

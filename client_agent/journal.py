@@ -1,0 +1,158 @@
+"""The task directories of this site, and what each has reached: what a killed agent goes on from.
+
+One directory for each (job, round, kind), for an evaluation also (version, split). A grant of the same work adopts what
+lies there: a finished result goes straight to upload, whatever the grant's generation. The directory is removed after
+the coordinator's committed answer, not before, so a result is offered again until it has one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from client_agent.taskdir import FILES, RESULT, UPDATE, TaskResult, read_result, write_json
+from protos.digests import new_hasher
+from protos.v1 import agent_pb2
+
+JOURNAL = "journal.json"
+# Directories of work that ended elsewhere (a closed round, a cancelled job) and that nobody asked for again.
+KEPT_DIRECTORIES = 4
+KEPT_SECONDS = 7 * 86_400
+
+KIND_NAMES = {
+    agent_pb2.TASK_KIND_INIT: "init",
+    agent_pb2.TASK_KIND_TRAIN: "train",
+    agent_pb2.TASK_KIND_EVALUATE: "evaluate",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a task asks for, apart from who may do it when: two grants with the same Work are the same work."""
+
+    job_id: str
+    round: int
+    kind: str
+    spec_hash: str
+    base_digest: str
+    version: int
+    model_digest: str
+    seed: int
+    split: str
+
+    @property
+    def directory_name(self) -> str:
+        name = f"{self.job_id}-{self.round}-{self.kind}"
+        return f"{name}-{self.version}-{self.split}" if self.kind == "evaluate" else name
+
+
+def work_of(task: agent_pb2.Task) -> Work:
+    return Work(
+        job_id=task.job_id,
+        round=task.round,
+        kind=KIND_NAMES[task.kind],
+        spec_hash=task.spec_hash,
+        base_digest=task.base_digest,
+        version=task.version,
+        model_digest=task.model.digest,
+        seed=task.seed,
+        split=task.split,
+    )
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file of the result: its name in the task directory, its size and digest."""
+
+    file: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`blobs` is None until the result is sealed; of an evaluation it is then empty."""
+
+    work: Work
+    generation: int = 0
+    stage: str = "granted"  # granted -> running -> finished
+    blobs: tuple[Blob, ...] | None = None
+    # INIT: the base model that version 0 was built from; the grant itself may not name one.
+    base_digest: str = ""
+
+
+class Journal:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def path(self, work: Work) -> Path:
+        return self._directory / work.directory_name
+
+    def open(self, work: Work, *, generation: int) -> Entry:
+        """The entry for this work: what an earlier grant of it left, else a new one in an empty directory."""
+        path = self.path(work)
+        entry = _read(path)
+        if entry is None or entry.work != work:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+            entry = Entry(work)
+        return self.record(replace(entry, generation=generation))
+
+    def record(self, entry: Entry) -> Entry:
+        """On disk when this returns."""
+        write_json(self.path(entry.work) / JOURNAL, asdict(entry))
+        return entry
+
+    def _seal(self, entry: Entry) -> Entry:
+        """Names the trainer's output by digest; INIT's tensors come first. Blocks for as long as reading takes."""
+        path = self.path(entry.work)
+        files = [path / UPDATE] if (path / UPDATE).exists() else []
+        files += sorted(file for file in (path / FILES).glob("*") if file.is_file())
+        blobs = tuple(
+            Blob(str(file.relative_to(path)), file.stat().st_size, new_hasher().update_mmap(file).hexdigest())
+            for file in files
+        )
+        return replace(entry, stage="finished", blobs=blobs)
+
+    def adopt(self, entry: Entry) -> tuple[Entry, TaskResult] | None:
+        """The finished result of an earlier grant or of the trainer that just ended; None when there is no sound one.
+
+        Blocks while it reads the files: what was sealed before is read again, because a disk may have lost it since.
+        """
+        path = self.path(entry.work)
+        result = read_result(path)
+        if result is None:
+            return None
+        sealed = self._seal(entry)
+        if entry.blobs is not None and entry.blobs != sealed.blobs:
+            return None
+        return self.record(sealed), result
+
+    def restart(self, entry: Entry) -> Entry:
+        """Before the trainer runs: nothing of an unfinished or damaged result may be taken for a finished one."""
+        (self.path(entry.work) / RESULT).unlink(missing_ok=True)
+        return self.record(replace(entry, stage="running", blobs=None))
+
+    def remove(self, work: Work) -> None:
+        shutil.rmtree(self.path(work), ignore_errors=True)
+
+    def prune(self, *, now_unix_seconds: float | None = None) -> None:
+        """Removes the directories of work that nobody asked for again: all but the newest few, and the old ones."""
+        now = time.time() if now_unix_seconds is None else now_unix_seconds
+        found = sorted(self._directory.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for index, path in enumerate(found):
+            if index >= KEPT_DIRECTORIES or now - path.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _read(path: Path) -> Entry | None:
+    try:
+        fields = json.loads((path / JOURNAL).read_text())
+    except FileNotFoundError:
+        return None
+    work = Work(**fields.pop("work"))
+    blobs = fields.pop("blobs")
+    return Entry(work=work, blobs=None if blobs is None else tuple(Blob(**blob) for blob in blobs), **fields)

@@ -1,0 +1,295 @@
+"""The daemon's loop: lease -> approve -> fetch -> run -> upload -> finish.
+
+Nothing depends on a message that is sent once: each step asks the coordinator what to do, or repeats what was done. A
+fenced lease stops no work by itself. The loop asks for the same work again, and goes on under the new generation when
+it is granted; only what is granted no more is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import structlog
+
+from client_agent import facts
+from client_agent.identity import utc_now
+from client_agent.journal import work_of
+from client_agent.observe import STAGES, StatusFile
+from client_agent.session import Session, Waiting
+from client_agent.stages import Grant, Outcome, Refused, Stages, failed
+from protos.errors import AlreadyExists, Conflict, InvalidInput, LeaseFenced, NotFound, SilotuneError
+from protos.v1 import agent_pb2
+
+# Progress is shown to people, so it goes out more often than the lease needs.
+BEAT_SECONDS = 5.0
+REGAIN_WAIT_SECONDS = 5.0
+REGRANTS = 5
+REFUSED_PAUSE_SECONDS = 30.0
+RENEWAL_CHECK_SECONDS = 60.0
+
+log = structlog.get_logger()
+Answer = TypeVar("Answer")
+
+
+class LeaseLost(Exception):
+    """The work is not wanted from this site any more; the message says why."""
+
+
+class Daemon:
+    def __init__(self, *, stages: Stages, session: Session, waiting: Waiting, status: StatusFile) -> None:
+        self._stages = stages
+        self._session = session
+        self._waiting = waiting
+        self._status = status
+        self._held: dict[str, Grant] = {}
+        self._granted: list[agent_pb2.Task] = []
+        # One task computes at a time; one that waits for approval does not keep others from it.
+        self._device = asyncio.Lock()
+        self._wants_work = asyncio.Event()
+        self._wants_work.set()
+
+    async def run(self) -> None:
+        """Until cancelled. Work in hand stays in the journal."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._renew_certificate())
+            while True:
+                await self._wants_work.wait()
+                task = self._granted.pop(0) if self._granted else await self._next_task()
+                if task is not None:
+                    grant = Grant.of(task)
+                    self._held[task.id] = grant
+                    self._count_hands()
+                    group.create_task(self._work(grant))
+
+    def not_ready(self) -> str:
+        """Why no job can run here now, in a sentence; empty when one can."""
+        if self._stages.settings.policy is None:
+            return "site.toml has no [policy]: nothing runs here"
+        if not self._session.connected:
+            return self._waiting.sentence or "the coordinator has not answered yet"
+        return ""
+
+    def show_status(self) -> None:
+        """Metrics and the status file, from the state as it is now."""
+        metrics = self._stages.metrics
+        metrics.connected.set(self._session.connected)
+        metrics.certificate_expiry.set(self._session.identity.expires.timestamp())
+        stages = [grant.progress.stage for grant in self._held.values()]
+        metrics.set_stage(STAGES[max(stages, default=0)])
+        self._status.write(
+            connected=self._session.connected,
+            waits_for=self._waiting.sentence,
+            not_ready=self.not_ready(),
+            tasks=[
+                {
+                    "job": grant.work.job_id,
+                    "round": grant.work.round,
+                    "kind": grant.work.kind,
+                    "stage": STAGES[grant.progress.stage],
+                    "done": grant.progress.done,
+                    "total": grant.progress.total,
+                    "unit": grant.progress.unit,
+                }
+                for grant in self._held.values()
+            ],
+        )
+
+    def _count_hands(self) -> None:
+        """More work is wanted while all that is in hand waits for a person."""
+        if all(grant.asking for grant in self._held.values()):
+            self._wants_work.set()
+        else:
+            self._wants_work.clear()
+
+    # --- leases
+
+    async def _next_task(self) -> agent_pb2.Task | None:
+        try:
+            answer = await self._session.patiently(self._ask_for_work)
+        except SilotuneError as error:
+            # Revoked, expired, or of another version: a person has to act, so the agent waits and says so.
+            self._waiting.say(str(error))
+            self.show_status()
+            await asyncio.sleep(REFUSED_PAUSE_SECONDS)
+            return None
+        if answer.HasField("task"):
+            return answer.task
+        self._waiting.say(answer.sentence)
+        return None
+
+    async def _ask_for_work(self, **options: Any) -> agent_pb2.LeaseTaskResponse:
+        self.show_status()
+        stages = self._stages
+        info = await asyncio.to_thread(facts.agent_info, stages.home, stages.settings, gpu=stages.gpu, rows=stages.rows)
+        return await self._session.lease(info, holding=options.pop("holding", self._held), **options)
+
+    async def _regain(self, grant: Grant, *, generation: int) -> bool:
+        """After this generation was fenced: whether the same work is granted to this agent under a newer one."""
+        async with grant.regaining:
+            if grant.task.generation != generation:
+                return True
+            others = [task_id for task_id in self._held if task_id != grant.task.id]
+            answer = await self._session.patiently(
+                lambda: self._ask_for_work(holding=others, wait_seconds=REGAIN_WAIT_SECONDS)
+            )
+            if not answer.HasField("task"):
+                return False
+            if work_of(answer.task) != grant.work:
+                self._granted.append(answer.task)
+                return False
+            del self._held[grant.task.id]
+            grant.task = answer.task
+            self._held[grant.task.id] = grant
+            log.info("The lease was granted anew; the work goes on.", generation=grant.task.generation)
+            return True
+
+    async def _under_lease(self, grant: Grant, operation: Callable[[], Awaitable[Answer]]) -> Answer:
+        """`operation`, repeated while its errors are retryable and while a fenced lease can be regained."""
+        for _ in range(REGRANTS):
+            generation = grant.task.generation
+            try:
+                return await self._session.patiently(operation)
+            except (LeaseFenced, NotFound) as error:
+                if not await self._regain(grant, generation=generation):
+                    raise LeaseLost(str(error)) from error
+        raise Conflict("The lease of this task was replaced again and again.", hint="Do two agents use one identity?")
+
+    async def _heartbeats(self, grant: Grant) -> str:
+        """Renews the lease until the work is not wanted any more; returns why."""
+        said = False
+        while True:
+            generation = grant.task.generation
+            request = agent_pb2.HeartbeatRequest(task_id=grant.task.id, generation=generation, progress=grant.progress)
+            lease_seconds = grant.task.lease_seconds
+            try:
+                answer = await self._session.heartbeat(request)
+            except (LeaseFenced, NotFound) as error:
+                if not await self._regain(grant, generation=generation):
+                    return error.message
+            except SilotuneError as error:
+                self._waiting.say(f"{error} The work goes on meanwhile.")
+                said = True
+            else:
+                if said:
+                    self._waiting.clear()
+                said = False
+                if not answer.proceed:
+                    return answer.reason
+                lease_seconds = answer.lease_seconds or lease_seconds
+            self.show_status()
+            await asyncio.sleep(min(lease_seconds / 3, BEAT_SECONDS) if lease_seconds > 0 else BEAT_SECONDS)
+
+    # --- one task
+
+    async def _work(self, grant: Grant) -> None:
+        logger = log.bind(job=grant.work.job_id, round=grant.work.round, task=grant.work.kind)
+        logger.info("A task was granted.", generation=grant.task.generation)
+        beats = asyncio.create_task(self._heartbeats(grant))
+        steps = asyncio.create_task(self._outcome(grant))
+        try:
+            await asyncio.wait({beats, steps}, return_when=asyncio.FIRST_COMPLETED)
+            if steps.done():
+                # The answer to the finish says whether it counts; a beat that crosses it would only confuse.
+                await _cancelled(beats)
+                await self._finish(grant, steps.result())
+            else:
+                logger.info("The task is stopped.", reason=beats.result())
+                await _cancelled(steps)
+        except LeaseLost as lost:
+            logger.info("The task is stopped.", reason=str(lost))
+        except SilotuneError as error:
+            # The coordinator does not talk to this agent any more. What is finished waits in the journal.
+            logger.error("The result could not be handed in.", reason=error.message, hint=error.hint)
+        finally:
+            await _cancelled(beats)
+            await _cancelled(steps)
+            self._held.pop(grant.task.id, None)
+            self._count_hands()
+            await asyncio.to_thread(self._stages.journal.prune)
+            self.show_status()
+
+    async def _outcome(self, grant: Grant) -> Outcome:
+        """What is reported for the task. LeaseLost when nobody wants to hear it."""
+        stages = self._stages
+        try:
+            grant.at(agent_pb2.STAGE_APPROVING)
+            spec = await stages.approve(grant, on_ask=self._count_hands)
+            self._count_hands()
+            async with self._device:
+                return await self._compute(grant, spec)
+        except Refused as refused:
+            log.warning("The task is declined.", reason=str(refused))
+            return agent_pb2.Declined(reason=stages.without_paths(str(refused)))
+        except SilotuneError as error:
+            log.error("The task failed.", reason=error.message, hint=error.hint)
+            return failed(error)
+        except LeaseLost:
+            raise
+        except Exception as error:
+            # A defect of ours must be reported, not end the daemon; its text may quote anything, so it stays here.
+            log.exception("The task failed by a defect of the agent.")
+            return agent_pb2.Failed(
+                reason=f"The agent failed with {type(error).__name__}.",
+                hint="The agent's log at the site has the details.",
+            )
+
+    async def _compute(self, grant: Grant, spec: Any) -> Outcome:
+        stages = self._stages
+        seconds: dict[str, float] = {}
+        entry = await asyncio.to_thread(stages.journal.open, grant.work, generation=grant.task.generation)
+        adopted = await asyncio.to_thread(stages.journal.adopt, entry)
+        if adopted is None:
+            began = time.monotonic()
+            model = await stages.fetch(grant, under_lease=self._under_lease)
+            seconds["fetch"] = time.monotonic() - began
+            adopted = await stages.run(grant, spec, entry, model=model)
+            if grant.first_step_seconds is not None:
+                seconds["first_step"] = grant.first_step_seconds
+        else:
+            log.info("The finished result of an earlier grant is offered again.", job=grant.work.job_id)
+        entry, result = adopted
+        began = time.monotonic()
+        await stages.upload(grant, entry, under_lease=self._under_lease)
+        seconds["upload"] = time.monotonic() - began
+        return stages.succeeded(grant, entry, result, seconds=seconds)
+
+    async def _finish(self, grant: Grant, outcome: Outcome) -> None:
+        """Reports the outcome until it is answered, and only then forgets the work."""
+        field = type(outcome).__name__.lower()  # succeeded | failed | declined
+
+        def attempt() -> Awaitable[agent_pb2.FinishTaskResponse]:
+            request = agent_pb2.FinishTaskRequest(task_id=grant.task.id, generation=grant.task.generation)
+            getattr(request, field).CopyFrom(outcome)
+            return self._session.finish(request)
+
+        logger = log.bind(job=grant.work.job_id, round=grant.work.round, task=grant.work.kind)
+        try:
+            answer = await self._under_lease(grant, attempt)
+        except (InvalidInput, AlreadyExists) as error:
+            logger.error("The coordinator refused the result.", reason=error.message, hint=error.hint)
+            fate = "refused"
+        else:
+            fate = agent_pb2.Fate.Name(answer.fate).removeprefix("FATE_").lower()
+            logger.info(f"The task {field}.", **({"fate": fate, "reason": answer.reason} if answer.reason else {"fate": fate}))
+        self._stages.metrics.tasks_finished.labels(grant.work.kind, field).inc()
+        await asyncio.to_thread(self._stages.journal.remove, grant.work)
+
+    async def _renew_certificate(self) -> None:
+        while True:
+            if self._session.identity.renewal_due(now=utc_now()):
+                try:
+                    identity = await self._session.renew()
+                except SilotuneError as error:
+                    log.warning("The certificate could not be renewed yet.", reason=error.message)
+                else:
+                    log.info("The certificate was renewed.", valid_until=f"{identity.expires:%Y-%m-%d %H:%M} UTC")
+            await asyncio.sleep(RENEWAL_CHECK_SECONDS)
+
+
+async def _cancelled(task: asyncio.Task[Any]) -> None:
+    """Returns when the task has ended; its own errors are its caller's business."""
+    task.cancel()
+    await asyncio.wait({task})

@@ -1,0 +1,91 @@
+"""Composition root of the site daemon: home -> settings -> session -> stages -> loop; signals; logs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+
+import structlog
+
+from client_agent import facts, observe, settings
+from client_agent.home import Home
+from client_agent.loop import Daemon
+from client_agent.runner import Runner
+from client_agent.session import Session, Waiting
+from client_agent.stages import Stages
+
+# With the trainer's own exit this stays below the ten seconds that service managers grant.
+STOP_CANCEL_SECONDS = 4.0
+
+log = structlog.get_logger()
+
+
+def configure_logs(*, json_format: bool) -> None:
+    """Text for people, or one JSON object a line. Both go to standard error."""
+    renderer = (
+        structlog.processors.JSONRenderer()
+        if json_format
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+    )
+    trace = [structlog.processors.format_exc_info] if json_format else []
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *trace,
+            renderer,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        cache_logger_on_first_use=True,
+    )
+
+
+def run(home: Home, *, json_logs: bool) -> None:
+    """Runs the daemon until SIGTERM or SIGINT.
+
+    SiteConfigInvalid, Unauthenticated (not enrolled), Conflict (another agent runs in this home).
+    """
+    configure_logs(json_format=json_logs)
+    with home.locked():
+        home.create()
+        asyncio.run(_serve(home))
+
+
+async def _serve(home: Home) -> None:
+    site = settings.load(home.site_file)
+    waiting = Waiting()
+    session = Session(home, waiting=waiting)
+    metrics = observe.AgentMetrics(version=facts.agent_version())
+    runner = Runner(log_directory=home.log, idle_seconds=site.device.idle_seconds)
+    stages = Stages(
+        home=home, settings=site, session=session, runner=runner, metrics=metrics,
+        gpu=await asyncio.to_thread(facts.gpu_name), rows=await asyncio.to_thread(facts.count_rows, home, site),
+    )  # fmt: skip
+    daemon = Daemon(stages=stages, session=session, waiting=waiting, status=observe.StatusFile(home.status_file))
+    http, address = await observe.serve(site.http.address, metrics=metrics, not_ready=daemon.not_ready)
+    log.info(
+        "The agent runs.", site=session.identity.name, coordinator=session.identity.coordinator,
+        device=facts.choose_device(site.device, gpu=stages.gpu), http=address,
+    )  # fmt: skip
+    if site.policy is None:
+        log.warning("site.toml has no [policy]: nothing will run here.")
+    working = asyncio.ensure_future(daemon.run())
+
+    def stop() -> None:
+        runner.cancel_seconds = STOP_CANCEL_SECONDS
+        working.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    try:
+        await working
+    except asyncio.CancelledError:
+        log.info("The agent stops; unfinished work is kept and goes on at the next start.")
+    finally:
+        await runner.close()
+        await http.cleanup()
+        await session.close()

@@ -1,0 +1,301 @@
+"""What the agent does with one task, stage by stage: approve, fetch, run, upload. The loop owns the lease.
+
+Each stage may be cut off anywhere. What it has finished is in the journal or on the coordinator, and the next grant of
+the same work goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from client_agent import facts, transfers
+from client_agent.home import Home
+from client_agent.journal import Entry, Journal, Work, work_of
+from client_agent.models import Models
+from client_agent.observe import AgentMetrics
+from client_agent.policy import Answer, Approvals, decide, parse_spec
+from client_agent.runner import Failure, Runner
+from client_agent.session import Session
+from client_agent.settings import DataSet, SiteSettings
+from client_agent.taskdir import FILES, UPDATE, TaskResult, TaskSpec, write_spec
+from protos.errors import CorruptData, InvalidInput, NotFound, SilotuneError
+from protos.jobspec import JobSpec, Synthetic
+from protos.metrics import METRICS, STAGE_SECONDS
+from protos.v1 import agent_pb2
+from protos.v1.manifest_pb2 import ENCODING_RAW, FORM_VALUES, BlobRef, FileRef, Manifest
+
+APPROVAL_POLL_SECONDS = 2.0
+
+log = structlog.get_logger()
+Answered = TypeVar("Answered")
+Outcome = agent_pb2.Succeeded | agent_pb2.Failed | agent_pb2.Declined
+
+TRAINER_STAGES = {
+    "loading": agent_pb2.STAGE_LOADING,
+    "training": agent_pb2.STAGE_TRAINING,
+    "evaluating": agent_pb2.STAGE_EVALUATING,
+}
+
+
+@dataclass
+class Grant:
+    """A task in hand. `task` is replaced when the lease is granted anew; `work` never changes."""
+
+    task: agent_pb2.Task
+    work: Work
+    progress: agent_pb2.Progress = field(default_factory=agent_pb2.Progress)
+    regaining: asyncio.Lock = field(default_factory=asyncio.Lock)
+    began: float = field(default_factory=time.monotonic)
+    first_step_seconds: float | None = None
+    # While a person is asked whether the job may run.
+    asking: bool = False
+
+    @staticmethod
+    def of(task: agent_pb2.Task) -> Grant:
+        return Grant(task, work_of(task))
+
+    def at(
+        self, stage: agent_pb2.Stage, *, done: int = 0, total: int = 0, unit: str = "",
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        self.progress = agent_pb2.Progress(stage=stage, done=done, total=total, unit=unit, metrics=metrics or {})
+
+
+# Runs an operation that needs the lease, again after the lease was granted anew.
+UnderLease = Callable[[Grant, Callable[[], Awaitable[Answered]]], Awaitable[Answered]]
+
+
+class Refused(Exception):
+    """The site does not do this task, for a reason that the operator is told."""
+
+
+@dataclass
+class Stages:
+    """Everything that the stages use; made once, by client_agent/main.py."""
+
+    home: Home
+    settings: SiteSettings
+    session: Session
+    runner: Runner
+    metrics: AgentMetrics
+    gpu: str
+    rows: dict[str, int]
+
+    def __post_init__(self) -> None:
+        self.cache = transfers.BlobCache(self.home.blobs)
+        self.journal = Journal(self.home.tasks)
+        self.models = Models(self.home.models_file)
+        self.approvals = Approvals(self.home.approvals)
+
+    # --- approve
+
+    async def approve(self, grant: Grant, *, on_ask: Callable[[], None]) -> JobSpec:
+        """The spec, once it may run here. Refused with the reason; while a person is asked, it waits."""
+        spec = parse_spec(grant.task.spec_json, spec_hash=grant.task.spec_hash)
+        base_digest = await self._check_base_model(grant, spec)
+        rows = None
+        if spec.data is not None and grant.work.kind != "init":
+            if self.settings.policy is not None and spec.data.name not in self.settings.data:
+                raise Refused(f"This site describes no data set named {spec.data.name!r}.")
+            rows = self.rows.get(spec.data.name)
+        verdict = decide(self.settings.policy, spec, base_digest=base_digest, data_rows=rows)
+        if verdict.answer is Answer.DENY:
+            raise Refused(verdict.reason)
+        if verdict.answer is Answer.ASK:
+            await self._ask(grant, spec, on_ask=on_ask)
+        return spec
+
+    async def _ask(self, grant: Grant, spec: JobSpec, *, on_ask: Callable[[], None]) -> None:
+        grant.at(agent_pb2.STAGE_APPROVING)
+        self.approvals.ask(grant.task.spec_json, spec_hash=grant.work.spec_hash, job_name=spec.name)
+        while (verdict := self.approvals.verdict(grant.work.spec_hash)) == "waiting":
+            if not grant.asking:
+                log.info(f"Job {spec.name} waits: silotune-agent approve {grant.work.spec_hash[:12]}")
+                grant.asking = True
+                on_ask()
+            await asyncio.sleep(APPROVAL_POLL_SECONDS)
+        grant.asking = False
+        if verdict == "denied":
+            raise Refused("The site's administrator denied this job.")
+
+    async def _check_base_model(self, grant: Grant, spec: JobSpec) -> str:
+        """The digest of this site's copy of the base model. Refused when it has none, or not the job's."""
+        if spec.base_model is None or self.settings.policy is None:
+            return ""
+        try:
+            model = await asyncio.to_thread(self.models.current, spec.base_model.name)
+        except (NotFound, InvalidInput) as error:
+            raise Refused(str(error)) from error
+        for wanted in (spec.base_model.digest, grant.task.base_digest):
+            if wanted and wanted != model.digest:
+                raise Refused(
+                    f"This site's copy of base model {model.name} has the digest {model.digest[:12]}; "
+                    f"the job was begun with {wanted[:12]}."
+                )
+        return model.digest
+
+    # --- fetch
+
+    async def fetch(self, grant: Grant, *, under_lease: UnderLease[Path]) -> Path | None:
+        """The version that the task starts from; None for INIT. CorruptData after several bad arrivals."""
+        if not grant.task.HasField("model"):
+            return None
+        blob = grant.task.model
+
+        def progress(done: int, total: int) -> None:
+            grant.at(agent_pb2.STAGE_FETCHING, done=done, total=total, unit="bytes")
+
+        received = self.metrics.transfer_bytes.labels("down").inc
+        corrupt = 0
+
+        async def attempt() -> Path:
+            nonlocal corrupt
+            try:
+                return await transfers.download(
+                    blob, cache=self.cache, open_channel=self.session.open_channel, progress=progress, received=received
+                )
+            except CorruptData as error:
+                corrupt += 1
+                if corrupt >= transfers.CORRUPT_ATTEMPTS:
+                    raise InvalidInput("The model arrived damaged several times.", hint=error.hint) from error
+                raise
+
+        progress(0, blob.size)
+        path = await under_lease(grant, attempt)
+        await asyncio.to_thread(self.cache.prune, needed={blob.digest})
+        return path
+
+    # --- run
+
+    async def run(self, grant: Grant, spec: JobSpec, entry: Entry, *, model: Path | None) -> tuple[Entry, TaskResult]:
+        """The trainer's sealed result. InvalidInput with the trainer's reason when it fails."""
+        directory = self.journal.path(grant.work)
+        task_spec = await asyncio.to_thread(self._task_spec, grant, spec, model=model)
+        entry = await asyncio.to_thread(self.journal.restart, replace(entry, base_digest=task_spec.base_digest))
+        kind = "synthetic" if isinstance(spec.task, Synthetic) else "training"
+        await asyncio.to_thread(write_spec, directory, task_spec)
+        grant.at(agent_pb2.STAGE_LOADING)
+        ended = await self.runner.run(directory, kind=kind, on_progress=lambda event: self._on_progress(grant, event))
+        if isinstance(ended, Failure):
+            raise InvalidInput(self.without_paths(ended.reason), hint=self.without_paths(ended.hint))
+        adopted = await asyncio.to_thread(self.journal.adopt, entry)
+        if adopted is None:
+            raise InvalidInput("The trainer says that it is done, but left no result.")
+        return adopted
+
+    def _task_spec(self, grant: Grant, spec: JobSpec, *, model: Path | None) -> TaskSpec:
+        base = self.models.current(spec.base_model.name) if spec.base_model else None
+        data_set: DataSet | None = None
+        if spec.data is not None and grant.work.kind != "init":
+            data_set = self.settings.data[spec.data.name].at(self.home.site_file.parent)
+        return TaskSpec(
+            task_id=grant.task.id,
+            job_id=grant.work.job_id,
+            round=grant.work.round,
+            kind=grant.work.kind,
+            spec=spec.model_dump(mode="json"),
+            seed=grant.work.seed,
+            split=grant.work.split,
+            model_path=None if model is None else str(model),
+            base_model_path=base.directory if base else None,
+            base_digest=base.digest if base else "",
+            data_set=data_set.model_dump(mode="json") if data_set else None,
+            device=facts.choose_device(self.settings.device, gpu=self.gpu),
+            threads=self.settings.device.threads,
+        )
+
+    def _on_progress(self, grant: Grant, event: dict[str, Any]) -> None:
+        metrics = _reportable(event.get("metrics", {}), allowed=METRICS)
+        grant.at(
+            TRAINER_STAGES.get(event["stage"], agent_pb2.STAGE_LOADING),
+            done=int(event["done"]), total=int(event["total"]), unit=event["unit"], metrics=metrics,
+        )  # fmt: skip
+        if event["stage"] == "training" and event["done"] >= 1 and grant.first_step_seconds is None:
+            grant.first_step_seconds = time.monotonic() - grant.began
+            self.metrics.first_step_seconds.set(grant.first_step_seconds)
+        if "loss" in metrics:
+            self.metrics.train_loss.set(metrics["loss"])
+
+    # --- upload
+
+    async def upload(self, grant: Grant, entry: Entry, *, under_lease: UnderLease[None]) -> None:
+        """All blobs of the result, sealed at the coordinator."""
+        blobs = entry.blobs or ()
+        total = sum(blob.size for blob in blobs)
+        before = 0
+        sent = self.metrics.transfer_bytes.labels("up").inc
+        for blob in blobs:
+
+            def progress(done: int, size: int, before: int = before) -> None:
+                grant.at(agent_pb2.STAGE_UPLOADING, done=before + done, total=total, unit="bytes")
+
+            def attempt(file: str = blob.file, size: int = blob.size, digest: str = blob.digest) -> Awaitable[None]:
+                return transfers.upload(
+                    self.journal.path(grant.work) / file,
+                    BlobRef(digest=digest, size=size),
+                    task_id=grant.task.id,
+                    generation=grant.task.generation,
+                    open_channel=self.session.open_channel,
+                    progress=progress,
+                    sent=sent,
+                )
+
+            await under_lease(grant, attempt)
+            before += blob.size
+
+    # --- what is reported
+
+    def succeeded(self, grant: Grant, entry: Entry, result: TaskResult, *, seconds: dict[str, float]) -> Outcome:
+        blobs = {blob.file: BlobRef(digest=blob.digest, size=blob.size) for blob in entry.blobs or ()}
+        outcome = agent_pb2.Succeeded(
+            examples=result.examples,
+            steps=result.steps,
+            metrics=_reportable(result.metrics, allowed=METRICS),
+            seconds=_reportable({**result.seconds, **seconds}, allowed=STAGE_SECONDS),
+        )
+        if UPDATE in blobs:
+            outcome.manifest.CopyFrom(
+                Manifest(blob=blobs[UPDATE], encoding=ENCODING_RAW, form=FORM_VALUES, base_version=grant.work.version)
+            )
+        if grant.work.kind == "init":
+            prefix = f"{FILES}/"
+            outcome.files.extend(
+                FileRef(name=file.removeprefix(prefix), blob=blob)
+                for file, blob in blobs.items()
+                if file.startswith(prefix)
+            )
+            outcome.base_digest = entry.base_digest
+        for stage, spent in outcome.seconds.items():
+            self.metrics.task_seconds.labels(grant.work.kind, stage).observe(spent)
+        self.metrics.train_steps.inc(result.steps)
+        return outcome
+
+    def without_paths(self, text: str) -> str:
+        """`text` with this site's paths replaced by what they are: a path may name a patient or a study."""
+        directory = self.home.site_file.parent
+        hidden = {str(self.home.path): "the agent's home"}
+        for name, data_set in self.settings.data.items():
+            place = data_set.at(directory)
+            for path in (place.path, data_set.path, place.validation, data_set.validation, place.test, data_set.test):
+                if isinstance(path, str):
+                    hidden[path] = f"data set {name!r}"
+        for path in sorted(hidden, key=len, reverse=True):
+            text = text.replace(path, hidden[path])
+        return text
+
+
+def failed(error: SilotuneError) -> agent_pb2.Failed:
+    return agent_pb2.Failed(reason=error.message, hint=error.hint)
+
+
+def _reportable(numbers: Mapping[str, float], *, allowed: frozenset[str]) -> dict[str, float]:
+    """Only what may leave the site, and only what is a number."""
+    return {name: value for name, value in numbers.items() if name in allowed and math.isfinite(value)}

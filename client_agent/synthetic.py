@@ -1,0 +1,212 @@
+"""A trainer without a model: returns the received tensors plus small deterministic noise, after a set time.
+
+It speaks the protocol of client_agent/taskdir.py, so that tests, fault injection and benchmarks go through the real
+agent. It walks its files in blocks: a model of any size passes in a few megabytes of memory, at the speed of the disk.
+
+    version 0   TENSORS of the job's payload size; values 0.02 N(0, 1) from the job's seed, one block repeated
+    train       x + noise * p, where p is a block of N(0, 1) from the task's seed, repeated
+    evaluate    metrics computed from the first values of the model
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client_agent.taskdir import FILES, UPDATE, TaskResult, TaskSpec, read_spec, write_result
+from protos.errors import InvalidInput, SilotuneError
+from protos.tensors import Layout, header_length, make_header, parse_header
+
+BLOCK_VALUES = 1 << 20
+PROGRESS_SECONDS = 0.5
+VALUE_BYTES = 4
+
+
+class Cancelled(Exception):
+    pass
+
+
+class Control:
+    """Commands from the daemon, read by a thread so that a cancel or the end of input is seen in mid-work."""
+
+    def __init__(self) -> None:
+        self._runs: queue.Queue[str | None] = queue.Queue()
+        self._cancelled = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in sys.stdin:
+            command = json.loads(line)
+            if "run" in command:
+                self._cancelled.clear()
+                self._runs.put(command["run"])
+            elif command.get("cancel"):
+                self._cancelled.set()
+        self._cancelled.set()
+        self._runs.put(None)
+
+    def runs(self) -> Iterator[Path]:
+        while (directory := self._runs.get()) is not None:
+            yield Path(directory)
+
+    def pause(self, seconds: float) -> None:
+        """Cancelled when the daemon asked for it, now or within `seconds`."""
+        if self._cancelled.wait(seconds):
+            raise Cancelled
+
+
+def say(event: str, **fields: object) -> None:
+    print(json.dumps({"event": event, **fields}), flush=True)
+
+
+def tensor_shapes(payload_bytes: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) like those of a small transformer, float32, together `payload_bytes` to within one row."""
+    width = 1024
+    while width > 16 and 12 * width * width * VALUE_BYTES > payload_bytes / 6:
+        width //= 2
+    shapes: list[tuple[str, str, tuple[int, ...]]] = []
+    left = payload_bytes // VALUE_BYTES
+    layer = [("attention.query", (width, width)), ("attention.key", (width, width)),
+             ("attention.value", (width, width)), ("attention.output", (width, width)),
+             ("feed_forward.up", (4 * width, width)), ("feed_forward.down", (width, 4 * width))]  # fmt: skip
+    layer_values = sum(math.prod(shape) for _, shape in layer)
+    for index in range(max(0, left - layer_values) // layer_values):
+        shapes += [(f"layers.{index:04}.{name}.weight", "F32", shape) for name, shape in layer]
+        left -= layer_values
+    shapes.append(("embeddings.weight", "F32", (max(1, left // width), width)))
+    return shapes
+
+
+def init(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
+    payload_bytes = int(task.spec["task"]["payload_mb"] * 1e6)
+    header, layout = make_header(tensor_shapes(payload_bytes))
+    values = 0.02 * np.random.default_rng(task.spec["seed"]).standard_normal(BLOCK_VALUES, dtype=np.float32)
+    block = memoryview(values).cast("B")  # type: ignore[arg-type]
+    (directory / FILES).mkdir(exist_ok=True)
+    with (directory / UPDATE).open("wb") as file:
+        file.write(header)
+        for done in range(0, layout.data_bytes, block.nbytes):
+            control.pause(0)
+            file.write(block[: layout.data_bytes - done])
+            say("progress", stage="loading", done=done, total=layout.data_bytes, unit="bytes", metrics={})
+        file.flush()
+        os.fsync(file.fileno())
+    return TaskResult()
+
+
+def train(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
+    steps = task.spec["local"]["steps"] or 1
+    spent = _pass_time(task, steps=steps, stage="training", control=control)
+    began = time.monotonic()
+    pattern = np.random.default_rng(task.seed).standard_normal(BLOCK_VALUES, dtype=np.float32)
+    pattern *= np.float32(task.spec["task"]["noise"])
+    with _model(task).open("rb") as source, (directory / UPDATE).open("wb") as target:
+        header, layout = _read_layout(source)
+        target.write(header)
+        values = np.empty(BLOCK_VALUES, dtype=np.float32)
+        block = memoryview(values).cast("B")  # type: ignore[arg-type]
+        for count in _blocks(layout):
+            control.pause(0)
+            source.readinto(block[: count * VALUE_BYTES])
+            values[:count] += pattern[:count]
+            target.write(block[: count * VALUE_BYTES])
+        target.flush()
+        os.fsync(target.fileno())
+    saved = time.monotonic() - began
+    loss = 1.0 / task.round
+    return TaskResult(
+        examples=_examples(task), steps=steps, metrics={"loss": loss}, seconds={"train": spent, "save": saved}
+    )
+
+
+def evaluate(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
+    spent = _pass_time(task, steps=1, stage="evaluating", control=control)
+    with _model(task).open("rb") as source:
+        _, layout = _read_layout(source)
+        values = np.frombuffer(source.read(min(layout.data_bytes, 4096)), dtype=np.float32).astype(np.float64)
+    mean_square = float(np.mean(values**2)) if values.size else 0.0
+    metrics = {"accuracy": 1.0 / (1.0 + mean_square), "loss": mean_square}
+    return TaskResult(examples=_examples(task), metrics=metrics, seconds={"evaluate": spent})
+
+
+def _examples(task: TaskSpec) -> int:
+    return 100 + task.seed % 100
+
+
+def _model(task: TaskSpec) -> Path:
+    if task.model_path is None:
+        raise InvalidInput(f"A synthetic {task.kind} task needs a model to start from.")
+    return Path(task.model_path)
+
+
+def _read_layout(source: Any) -> tuple[bytes, Layout]:
+    """The header bytes and the layout; leaves the file at its first value."""
+    file_bytes = os.fstat(source.fileno()).st_size
+    first = source.read(8)
+    header = first + source.read(header_length(first) - 8)
+    layout = parse_header(header, file_bytes=file_bytes)
+    if any(tensor.dtype != "F32" for tensor in layout.tensors):
+        raise InvalidInput("The synthetic trainer knows only float32 tensors.")
+    return header, layout
+
+
+def _blocks(layout: Layout) -> Iterator[int]:
+    """Values in each block of the data section."""
+    left = layout.data_bytes // VALUE_BYTES
+    while left:
+        yield min(left, BLOCK_VALUES)
+        left -= min(left, BLOCK_VALUES)
+
+
+def _pass_time(task: TaskSpec, *, steps: int, stage: str, control: Control) -> float:
+    """Stands for the training itself: `train_seconds`, with the progress of `steps` equal steps."""
+    total_seconds = task.spec["task"]["train_seconds"]
+    began = time.monotonic()
+    while (spent := time.monotonic() - began) < total_seconds:
+        say("progress", stage=stage, done=int(steps * spent / total_seconds), total=steps, unit="steps", metrics={})
+        control.pause(min(PROGRESS_SECONDS, total_seconds - spent))
+    say("progress", stage=stage, done=steps, total=steps, unit="steps", metrics={})
+    return spent
+
+
+KINDS = {"init": init, "train": train, "evaluate": evaluate}
+
+
+def run(directory: Path, control: Control) -> None:
+    """One task, from its spec to its result and its closing event."""
+    began = time.monotonic()
+    try:
+        task = read_spec(directory)
+        result = KINDS[task.kind](task, directory, control)
+        work_seconds = sum(result.seconds.values())
+        load_seconds = max(0.0, time.monotonic() - began - work_seconds)
+        write_result(directory, replace(result, seconds={**result.seconds, "load": load_seconds}))
+    except Cancelled:
+        say("cancelled")
+    except SilotuneError as error:
+        say("failed", reason=error.message, hint=error.hint)
+    except OSError as error:
+        say("failed", reason=f"The trainer could not use its disk: {error.strerror}.", hint="")
+    else:
+        say("done")
+
+
+def main() -> None:
+    control = Control()
+    for directory in control.runs():
+        run(directory, control)
+
+
+if __name__ == "__main__":
+    main()
