@@ -1,0 +1,178 @@
+"""The weighted mean: exact, the same bit for bit on every run, in constant memory, and never from damaged input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from coordinator.aggregation.combine import BLOCK_ELEMENTS, CorruptUpdate, Input, combine
+from protos import tensors
+from protos.digests import digest_of
+from protos.jobspec import FedAdam, FedAvgM, FedYogi
+
+SHAPES = {"b.weight": (300, 401), "a.bias": (7,), "c.scalar": (), "d.empty": (0, 3)}
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+def write(path: Path, values: dict[str, np.ndarray]) -> str:
+    header, layout = tensors.make_header((n, DTYPE_NAMES[v.dtype.name], v.shape) for n, v in values.items())
+    data = header + b"".join(values[spec.name].tobytes() for spec in layout.tensors)
+    path.write_bytes(data)
+    return digest_of(data)
+
+
+def random_model(seed: int, dtype=np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
+
+
+def inputs(directory: Path, models: list[dict[str, np.ndarray]], weights: list[float]) -> list[Input]:
+    made = []
+    for number, (model, weight) in enumerate(zip(models, weights, strict=True)):
+        path = directory / f"update-{number}"
+        made.append(Input(f"site-{number}", path, write(path, model), weight))
+    return made
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 33])
+def test_the_mean_equals_a_float64_reference(tmp_path: Path, count: int) -> None:
+    models = [random_model(seed) for seed in range(count)]
+    weights = list(np.random.default_rng(99).dirichlet([1.0] * count))
+    combine(inputs(tmp_path, models, weights), output=tmp_path / "out")
+    found = load_file(tmp_path / "out")
+    for name, shape in SHAPES.items():
+        reference = sum(w * m[name].astype(np.float64) for w, m in zip(weights, models, strict=True))
+        assert found[name].shape == shape
+        error = np.linalg.norm(found[name].astype(np.float64) - reference)
+        assert error <= 1e-6 * max(np.linalg.norm(reference), 1e-300)
+
+
+def test_a_tensor_longer_than_a_block_is_combined_whole(tmp_path: Path) -> None:
+    models = [{"w": np.full(2 * BLOCK_ELEMENTS + 17, value, np.float32)} for value in (1.0, 3.0)]
+    combine(inputs(tmp_path, models, [0.25, 0.75]), output=tmp_path / "out")
+    assert np.array_equal(load_file(tmp_path / "out")["w"], np.full(2 * BLOCK_ELEMENTS + 17, 2.5, np.float32))
+
+
+def test_the_result_repeats_bit_for_bit_and_its_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    models = [random_model(seed) for seed in range(5)]
+    parts = inputs(tmp_path, models, [0.1, 0.2, 0.3, 0.15, 0.25])
+    first = combine(parts, output=tmp_path / "one")
+    second = combine(parts, output=tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert first.digest == second.digest == digest_of((tmp_path / "one").read_bytes())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
+def test_one_site_alone_comes_back_bit_for_bit(tmp_path: Path, dtype: type) -> None:
+    parts = inputs(tmp_path, [random_model(3, dtype)], [1.0])
+    result = combine(parts, output=tmp_path / "out")
+    assert result.digest == parts[0].digest
+
+
+def test_a_damaged_update_is_named_and_nothing_is_made_of_it(tmp_path: Path) -> None:
+    parts = inputs(tmp_path, [random_model(1), random_model(2)], [0.5, 0.5])
+    data = bytearray(parts[1].path.read_bytes())
+    data[-1] ^= 1
+    parts[1].path.write_bytes(data)
+    with pytest.raises(CorruptUpdate) as caught:
+        combine(parts, output=tmp_path / "out")
+    assert caught.value.site == "site-1"
+
+
+def test_the_worker_process_answers_with_digest_and_size_or_with_the_damaged_site(tmp_path: Path) -> None:
+    parts = inputs(tmp_path, [random_model(1), random_model(2)], [0.5, 0.5])
+    order = {
+        "contributions": [{"site": p.site, "path": str(p.path), "digest": p.digest, "weight": p.weight} for p in parts],
+        "optimizer": {"type": "none"},
+        "output": str(tmp_path / "out"),
+    }
+
+    def run() -> dict:
+        command = [sys.executable, "-m", "coordinator.aggregation.worker"]
+        done = subprocess.run(command, input=json.dumps(order) + "\n", capture_output=True, text=True)
+        answer = json.loads(done.stdout)
+        assert answer.pop("peak_rss_bytes") > 0
+        return answer
+
+    answer = run()
+    assert answer["digest"] == digest_of((tmp_path / "out").read_bytes())
+    parts[0].path.write_bytes(parts[1].path.read_bytes())
+    assert run() == {"corrupt_site": "site-0"}
+
+
+def reference_rounds(optimizer, start: np.ndarray, means: list[np.ndarray]) -> np.ndarray:
+    """The published update rules, written once more without blocks or files."""
+    x, u = start.astype(np.float64), 0.0
+    m, v = 0.0, np.full(start.shape, getattr(optimizer, "tau", 0.0) ** 2)
+    for mean in means:
+        delta = mean - x
+        if isinstance(optimizer, FedAvgM):
+            u = optimizer.momentum * u + delta
+            x = x + optimizer.learning_rate * u
+            continue
+        m = optimizer.beta1 * m + (1 - optimizer.beta1) * delta
+        if isinstance(optimizer, FedAdam):
+            v = optimizer.beta2 * v + (1 - optimizer.beta2) * delta**2
+        else:
+            v = v - (1 - optimizer.beta2) * delta**2 * np.sign(v - delta**2)
+        x = x + optimizer.learning_rate * m / (np.sqrt(v) + optimizer.tau)
+    return x
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        FedAvgM(type="fedavgm", learning_rate=0.7, momentum=0.9),
+        FedAdam(type="fedadam", learning_rate=0.05),
+        FedYogi(type="fedyogi", learning_rate=0.05),
+    ],
+)
+def test_a_server_optimizer_over_three_rounds_equals_the_published_rule(tmp_path: Path, optimizer) -> None:
+    previous = tmp_path / "v0"
+    start = random_model(0)
+    write(previous, start)
+    state = None
+    means = []
+    for number in range(1, 4):
+        folder = tmp_path / f"round-{number}"
+        folder.mkdir()
+        models = [random_model(10 * number + k) for k in range(3)]
+        parts = inputs(folder, models, [0.2, 0.3, 0.5])
+        means.append(sum(w * m["b.weight"].astype(np.float64) for w, m in zip([0.2, 0.3, 0.5], models, strict=True)))
+        result = combine(
+            parts,
+            output=folder / "out",
+            previous=previous,
+            optimizer=optimizer,
+            state=state,
+            state_output=folder / "state",
+        )
+        assert result.optimizer_digest == digest_of((folder / "state").read_bytes())
+        previous, state = folder / "out", folder / "state"
+    found = load_file(previous)["b.weight"]
+    reference = reference_rounds(optimizer, start["b.weight"], means)
+    assert np.linalg.norm(found - reference) <= 1e-6 * np.linalg.norm(reference)
+
+
+def test_momentum_zero_and_rate_one_is_the_plain_mean(tmp_path: Path) -> None:
+    parts = inputs(tmp_path, [random_model(1), random_model(2)], [0.4, 0.6])
+    write(tmp_path / "v0", random_model(0))
+    plain = combine(parts, output=tmp_path / "plain")
+    assert plain.optimizer_digest == ""
+    combine(
+        parts,
+        output=tmp_path / "momentum",
+        previous=tmp_path / "v0",
+        optimizer=FedAvgM(type="fedavgm", learning_rate=1.0, momentum=0.0),
+        state_output=tmp_path / "state",
+    )
+    one, two = load_file(tmp_path / "plain"), load_file(tmp_path / "momentum")
+    for name in SHAPES:
+        assert np.allclose(one[name], two[name], rtol=1e-6, atol=1e-7)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator import ca
+from coordinator.client import OperatorClient, facts, load_profile
+from protos.errors import CorruptData, NotFound, Unauthenticated, Unavailable
+from protos.v1 import operator_pb2
+
+LIST = operator_pb2.ListJobsRequest()
+
+
+def test_a_refusal_arrives_as_the_class_that_the_coordinator_raised(door: Any):
+    with OperatorClient(load_profile(door.profile())) as client, pytest.raises(NotFound) as caught:
+        client.ask("GetJob", operator_pb2.GetJobRequest(job="nope"))
+    assert caught.value.message == "There is no job 'nope'."
+    assert caught.value.hint == "`silotune job list` shows them all."
+
+
+def test_a_coordinator_that_does_not_run_is_named_with_what_to_check(door: Any):
+    door.stop()
+    with OperatorClient(load_profile(door.profile())) as client, pytest.raises(Unavailable) as caught:
+        client.ask("ListJobs", LIST)
+    assert caught.value.message == f"The coordinator at {door.address} cannot be reached: nothing listens there."
+    assert "silotune-coordinator serve" in caught.value.hint
+
+
+def test_a_coordinator_of_another_federation_is_not_trusted(door: Any):
+    directory = Path(door.profile())
+    (directory / "ca.pem").write_bytes(ca.create(now=ca.utc_now()).pem)
+    with OperatorClient(load_profile(str(directory))) as client, pytest.raises(Unavailable) as caught:
+        client.ask("ListJobs", LIST)
+    assert "its certificate is not from the CA in this profile" in caught.value.message
+
+
+def test_a_coordinator_under_a_name_that_is_not_in_its_certificate_is_not_trusted(door: Any):
+    directory = Path(door.profile())
+    (directory / "profile.toml").write_text(f'address = "127.0.0.1:{door.port}"\n')
+    with OperatorClient(load_profile(str(directory))) as client, pytest.raises(Unavailable) as caught:
+        client.ask("ListJobs", LIST)
+    assert "its certificate is for another host name" in caught.value.message
+
+
+def test_an_expired_certificate_is_said_to_be_expired(door: Any):
+    profile = load_profile(door.profile(valid_days=-0.001))
+    with OperatorClient(profile) as client, pytest.raises(Unauthenticated, match="expired on 20"):
+        client.ask("ListJobs", LIST)
+
+
+def test_a_missing_profile_says_who_writes_one(tmp_path: Path):
+    with pytest.raises(Unauthenticated) as caught:
+        load_profile(str(tmp_path / "none"))
+    assert "profile.toml is missing" in caught.value.message
+    assert "silotune-coordinator init" in caught.value.hint
+
+
+def test_a_profile_without_an_address_is_refused(door: Any):
+    directory = Path(door.profile())
+    (directory / "profile.toml").write_text("host = 'localhost'\n")
+    with pytest.raises(Unauthenticated, match="does not name the coordinator's address"):
+        load_profile(str(directory))
+
+
+def test_a_blob_is_read_from_any_offset_in_frames(door: Any):
+    content = bytes(range(256)) * 8192
+    blob = door.add_blob(content)
+    with OperatorClient(load_profile(door.profile())) as client:
+        read = [(frame.offset, bytes(frame.data)) for frame in client.read(blob.digest, offset=1000)]
+    assert [offset for offset, _ in read] == [1000, 1000 + (1 << 20)]
+    assert b"".join(data for _, data in read) == content[1000:]
+
+
+def test_a_flipped_bit_in_a_frame_is_noticed(door: Any):
+    blob = door.add_blob(b"x" * 5000)
+    door.on_frame = lambda frame: frame[:-1] + b"y"
+    with OperatorClient(load_profile(door.profile())) as client, pytest.raises(CorruptData):
+        list(client.read(blob.digest, offset=0))
+
+
+def test_facts_are_plain_values():
+    view = operator_pb2.JobView(id="j1", state=operator_pb2.JOB_STATE_RUNNING, round=2, head_version=1)
+    found = facts(operator_pb2.ListJobsResponse(jobs=[view]))["jobs"][0]
+    assert (found["state"], found["head_version"], found["best_version"]) == ("RUNNING", 1, None)
+    update = operator_pb2.UpdateView(site="gard", metrics={"loss": 0.5})
+    assert facts(update) == {
+        "site": "gard",
+        "fate": "",
+        "reason": "",
+        "examples": 0,
+        "steps": 0,
+        "metrics": {"loss": 0.5},
+        "seconds": {},
+    }

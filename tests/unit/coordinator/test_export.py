@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from coordinator import export
+from coordinator.client import OperatorClient, load_profile
+from protos import jobspec, tensors
+from protos.errors import AlreadyExists, CorruptData, InvalidInput, NotFound, Unavailable
+from protos.v1 import manifest_pb2, operator_pb2
+
+FIELDS = {
+    "name": "questions",
+    "task": {"type": "classification", "labels": ["cause", "symptom"]},
+    "data": {"name": "passages"},
+    "base_model": {"name": "minilm"},
+    "local": {"steps": 2},
+    "rounds": 5,
+}
+SYNTHETIC = {"name": "noise", "task": {"type": "synthetic"}, "local": {"steps": 2}, "rounds": 5}
+
+
+def tensor_file(values: dict[str, np.ndarray]) -> bytes:
+    header, layout = tensors.make_header((name, "F32", value.shape) for name, value in values.items())
+    return header + b"".join(values[spec.name].tobytes() for spec in layout.tensors)
+
+
+def ramp(*shape: int, start: float = 0.0) -> np.ndarray:
+    return (np.arange(np.prod(shape), dtype=np.float32) + np.float32(start)).reshape(shape)
+
+
+def offer(
+    door: Any, *, fields: dict[str, Any] = FIELDS, version: int = 3, model: bytes = b"", files: dict[str, bytes]
+) -> operator_pb2.GetModelResponse:
+    """Makes the coordinator hold this version, and returns what it says about it."""
+    model = model or tensor_file({"head.weight": ramp(2, 3), "body.weight": ramp(400, 3000)})
+    door.models[version] = operator_pb2.GetModelResponse(
+        job_id="j1",
+        version=version,
+        model=door.add_blob(model),
+        files=[manifest_pb2.FileRef(name=name, blob=door.add_blob(content)) for name, content in files.items()],
+        base_digest="b" * 64,
+        spec_json=jobspec.parse(fields).canonical_json,
+    )
+    return door.models[version]
+
+
+@pytest.fixture
+def take(door: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`silotune model export` into tmp_path/model, or a directory of that name elsewhere."""
+    monkeypatch.setattr(export.time, "sleep", lambda _: None)
+
+    def run(*, version: int | None = None, force: bool = False, name: str = "model") -> Path:
+        with OperatorClient(load_profile(door.profile())) as client:
+            export.export(
+                client, job="j1", version=version, directory=tmp_path / name, force=force, show_progress=False
+            )
+        return tmp_path / name
+
+    return run
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_federated_and_frozen_tensors_become_one_file(door: Any, take: Any):
+    frozen = tensor_file({"aaa.frozen": ramp(5, start=7), "zzz.frozen": ramp(2, 2, start=9)})
+    offer(door, files={"config.json": b"{}", "frozen.safetensors": frozen})
+    directory = take()
+    assert names_in(directory) == ["README.md", "config.json", "model.safetensors", "silotune.json"]
+    loaded = load_file(directory / "model.safetensors")
+    assert sorted(loaded) == ["aaa.frozen", "body.weight", "head.weight", "zzz.frozen"]
+    np.testing.assert_array_equal(loaded["body.weight"], ramp(400, 3000))
+    np.testing.assert_array_equal(loaded["zzz.frozen"], ramp(2, 2, start=9))
+
+
+def test_a_version_without_frozen_tensors_is_written_byte_for_byte(door: Any, take: Any):
+    told = offer(door, files={"config.json": b"{}"})
+    directory = take()
+    assert (directory / "model.safetensors").read_bytes() == door.blobs[told.model.digest]
+    facts = json.loads((directory / "silotune.json").read_text())
+    assert facts["files"]["model.safetensors"]["digest"] == told.model.digest == facts["version_digest"]
+
+
+def test_an_adapter_keeps_its_name(door: Any, take: Any):
+    offer(door, fields={**FIELDS, "method": {"type": "lora"}}, files={"adapter_config.json": b"{}"})
+    directory = take()
+    assert names_in(directory) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "silotune.json"]
+
+
+def test_a_synthetic_model_has_no_card(door: Any, take: Any):
+    offer(door, fields=SYNTHETIC, files={})
+    assert names_in(take()) == ["model.safetensors", "silotune.json"]
+
+
+def test_two_files_may_have_the_same_bytes(door: Any, take: Any):
+    offer(door, files={"config.json": b"{}", "special_tokens_map.json": b"{}"})
+    directory = take()
+    assert (directory / "config.json").read_text() == (directory / "special_tokens_map.json").read_text() == "{}"
+
+
+def test_a_lost_connection_is_taken_up_where_it_broke(door: Any, take: Any):
+    told = offer(door, files={})
+    offsets: list[int] = []
+    door.on_read = lambda digest, offset: offsets.append(offset)
+    broken = iter([False, False, True])
+
+    def on_frame(frame: bytes) -> bytes:
+        if next(broken, False):
+            raise ConnectionError
+        return frame
+
+    door.on_frame = on_frame
+    directory = take()
+    assert offsets == [0, 2 << 20]
+    assert (directory / "model.safetensors").read_bytes() == door.blobs[told.model.digest]
+
+
+def test_an_interrupted_export_goes_on_without_being_forced(door: Any, take: Any):
+    offer(door, files={})
+    offsets: list[int] = []
+    door.on_read = lambda digest, offset: offsets.append(offset)
+    first = iter([True])
+
+    def on_frame(frame: bytes) -> bytes:
+        if next(first, False):
+            return frame
+        raise ConnectionError
+
+    door.on_frame = on_frame
+    with pytest.raises(Unavailable):
+        take()
+    assert offsets == [0, *[1 << 20] * export.ATTEMPTS]
+    offsets.clear()
+    door.on_frame = None
+    assert "model.safetensors" in names_in(take())
+    assert offsets == [1 << 20]
+
+
+def test_bytes_that_do_not_match_their_digest_are_thrown_away(door: Any, take: Any):
+    told = offer(door, files={})
+    good = door.blobs[told.model.digest]
+    door.blobs[told.model.digest] = good[:-1] + b"\xff"
+    with pytest.raises(CorruptData, match="does not match its digest"):
+        take()
+    door.blobs[told.model.digest] = good
+    assert (take() / "model.safetensors").read_bytes() == good
+
+
+def test_a_directory_with_something_else_in_it_is_left_alone(door: Any, take: Any, tmp_path: Path):
+    offer(door, files={})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("years of work")
+    with pytest.raises(AlreadyExists, match="is not empty and not an earlier export"):
+        take(force=True)
+    assert names_in(tmp_path / "model") == ["thesis.txt"]
+
+
+def test_an_earlier_export_is_replaced_only_by_force(door: Any, take: Any):
+    offer(door, version=2, files={"config.json": b"{}", "vocab.txt": b"a"})
+    take()
+    offer(door, version=3, files={"config.json": b'{"new": 1}'})
+    with pytest.raises(AlreadyExists, match="holds version 2 of job j1"):
+        take()
+    directory = take(force=True)
+    assert names_in(directory) == ["README.md", "config.json", "model.safetensors", "silotune.json"]
+    assert (directory / "config.json").read_text() == '{"new": 1}'
+
+
+def test_a_round_can_be_chosen(door: Any, take: Any):
+    offer(door, version=0, files={"config.json": b"0"})
+    offer(door, version=3, files={"config.json": b"3"})
+    assert (take(version=0, name="first") / "config.json").read_text() == "0"
+    assert (take(name="best") / "config.json").read_text() == "3"
+    with pytest.raises(NotFound):
+        take(version=9, name="none")
+
+
+@pytest.mark.parametrize("name", ["../escape.json", "modeling.py", "pytorch_model.bin", "silotune.json", "a/b.json"])
+def test_a_file_that_no_model_needs_is_refused(door: Any, take: Any, tmp_path: Path, name: str):
+    offer(door, files={name: b"import os"})
+    with pytest.raises(InvalidInput, match="which no model directory needs"):
+        take()
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_tensor_that_is_federated_and_frozen_is_refused(door: Any, take: Any):
+    offer(door, files={"frozen.safetensors": tensor_file({"head.weight": ramp(2, 3)})})
+    with pytest.raises(CorruptData, match=r"'head.weight' is both federated and frozen"):
+        take()
+
+
+LOAD = """
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+whole, report = AutoModelForSequenceClassification.from_pretrained("whole", output_loading_info=True)
+assert not report["missing_keys"] and not report["unexpected_keys"], report
+torch.manual_seed(1)
+base = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained("adapter"))
+adapted = PeftModel.from_pretrained(base, "adapter")
+for model, name in ((whole, "whole.pt"), (adapted, "adapter.pt")):
+    torch.testing.assert_close(model.eval()(input_ids=torch.arange(3, 9)[None]).logits, torch.load(name))
+assert not [name for name in sys.modules if name.split(".")[0] in ("coordinator", "protos", "client_agent")]
+"""
+
+
+def test_transformers_and_peft_open_what_was_exported(door: Any, take: Any, tmp_path: Path):
+    import peft
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def as_file(state: dict[str, torch.Tensor]) -> bytes:
+        return tensor_file({name: value.detach().numpy() for name, value in state.items()})
+
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )
+    config.save_pretrained(tmp_path)
+    model = BertForSequenceClassification(config).eval()
+    tokens = torch.arange(3, 9)[None]
+
+    model.bert.embeddings.requires_grad_(False)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
+    config_json = (tmp_path / "config.json").read_bytes()
+    offer(door, model=as_file(trained), files={"config.json": config_json, "frozen.safetensors": as_file(frozen)})
+    take(name="whole")
+    torch.save(model(input_ids=tokens).logits.detach(), tmp_path / "whole.pt")
+
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    adapted = peft.get_peft_model(model, lora).eval()
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if "lora_B" in name or "classifier" in name:
+                value.add_(0.3)
+    lora.save_pretrained(tmp_path)
+    files = {name: (tmp_path / name).read_bytes() for name in ("config.json", "adapter_config.json")}
+    fields = {**FIELDS, "method": {"type": "lora", "rank": 2}}
+    offer(door, fields=fields, model=as_file(peft.get_peft_model_state_dict(adapted)), files=files)
+    take(name="adapter")
+    torch.save(adapted(input_ids=tokens).logits.detach(), tmp_path / "adapter.pt")
+
+    # In a process that has no silotune.
+    subprocess.run([sys.executable, "-c", LOAD], check=True, cwd=tmp_path)
