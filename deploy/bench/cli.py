@@ -1,0 +1,83 @@
+"""`silotune bench`: how fast and how large a round is on this machine, next to its floors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+
+@click.group()
+def bench() -> None:
+    """Measure rounds on this machine: real processes, no training."""
+
+
+@bench.command()
+@click.option("--payload-mb", default=100.0, show_default=True, help="Size of the model that every site sends.")
+@click.option("--sites", default=8, show_default=True, type=click.IntRange(1, 200))
+@click.option("--rounds", default=4, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--insecure-loopback", is_flag=True, help="Without TLS, for comparison with systems that have none.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+def round(*, payload_mb: float, sites: int, rounds: int, insecure_loopback: bool, json_file: Path | None) -> None:
+    """A round without training: every site gets the model, adds noise and sends it back.
+
+    Prints seconds and CPU seconds by stage for coordinator and agents, peak memory, bytes on the wire, the error of
+    the mean, and in the same run what bare and durable gRPC streams of the same bytes take.
+
+    \b
+    silotune bench round --payload-mb 100 --sites 8 --rounds 4 --json bench/round.json
+    """
+    # Only here: numpy and the coordinator load slowly.
+    from deploy.bench.round import measure
+
+    console = Console(stderr=True)
+    figures = measure(
+        payload_mb=payload_mb, sites=sites, rounds=rounds, insecure_loopback=insecure_loopback, say=console.log
+    )
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(figures, indent=1))
+    _show(Console(), figures)
+
+
+def _show(console: Console, figures: dict[str, Any]) -> None:
+    what, steady = figures["what"], figures["steady"]
+    table = Table(title=f"{what['payload_bytes'] / 1e6:.0f} MB x {what['sites']} sites, TLS {what['tls']}")
+    for column in ("round", "seconds", "collecting", "aggregating", "coordinator CPU s", "agents CPU s"):
+        table.add_column(column, justify="right")
+    for entry in figures["rounds"]:
+        stages = entry["stages"]
+        table.add_row(
+            str(entry["number"]),
+            *(
+                f"{value:.2f}"
+                for value in (
+                    entry["seconds"],
+                    stages.get("collecting", 0.0),
+                    stages.get("aggregating", 0.0),
+                    entry["coordinator_cpu_seconds"],
+                    entry["agents_cpu_seconds"],
+                )
+            ),
+        )
+    console.print(table)
+    sites = {stage: f"{seconds:.2f}" for stage, seconds in sorted(figures["rounds"][-1]["site_stages"].items())}
+    console.print(f"At a site, last round, seconds: {sites}")
+    memory = {name: f"{size / 1e6:.0f} MB" for name, size in figures["memory_bytes"].items()}
+    console.print(f"Memory: {memory}")
+    bytes_ = figures["bytes"]
+    console.print(f"Loopback bytes / ideal (2 x sites x payload): {bytes_['loopback_over_ideal']:.2f}")
+    console.print(f"Relative error of the mean: {figures['error_of_the_mean']:.1e}")
+    for kind, floor in figures["floors"].items():
+        console.print(
+            f"{kind} floor: {floor['seconds']:.2f} s, "
+            f"CPU {floor['server_cpu_seconds']:.2f} s at the server and {floor['client_cpu_seconds']:.2f} s at the clients"
+        )
+    console.print(
+        f"A steady round takes {steady['seconds']:.2f} s: {figures['ratio_to_durable_floor']:.2f} x the durable floor, "
+        f"{figures['ratio_to_bare_floor']:.2f} x the bare one."
+    )
