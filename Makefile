@@ -69,7 +69,7 @@ buf: $(READY)
 	$(BUF) format --diff --exit-code; \
 	head=$$(git rev-parse -q --verify HEAD || true); \
 	base=$$(git merge-base HEAD origin/main 2>/dev/null || git merge-base HEAD main 2>/dev/null || true); \
-	if [ "$$base" = "$$head" ]; then base=$$(git rev-parse -q --verify HEAD~1 || true); fi; \
+	if [ -z "$$base" ] || [ "$$base" = "$$head" ]; then base=$$(git rev-parse -q --verify HEAD~1 || true); fi; \
 	if [ -z "$$base" ] || ! git cat-file -e "$$base:protos/v1" 2>/dev/null; then \
 	    echo "buf: lint and format hold; there is no earlier contract to compare with."; \
 	else \

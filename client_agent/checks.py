@@ -37,10 +37,11 @@ def all_findings(home: Home) -> Iterator[Finding]:
     yield Finding("policy", site.policy is not None, policy.in_words(site.policy))
     yield from _policy_names(home, site)
     if not site.data:
-        yield Finding("data", False, "site.toml describes no data set; only jobs without data can run")
+        wanted = site.policy is None or bool(site.policy.data_sets)
+        yield Finding("data", not wanted, "site.toml describes no data set; only jobs without data can run")
     for name, data_set in site.data.items():
         yield from _data_set(name, data_set.at(home.site_file.parent))
-    yield from _models(home)
+    yield from _models(home, site)
     yield _device(site)
     yield _disk(home)
 
@@ -61,7 +62,8 @@ def _identity(home: Home) -> Iterator[Finding]:
             True,
             f"this is {enrolled.name} ({enrolled.role}), valid until {enrolled.expires:%Y-%m-%d %H:%M} UTC",
         )
-    found = probe(enrolled.coordinator, ca_pem=enrolled.ca)
+    own = (home.identity / identity.CERTIFICATE, home.identity / identity.KEY)
+    found = probe(enrolled.coordinator, ca_pem=enrolled.ca, own=own)
     yield Finding("network", found.reachable, found.sentence)
 
 
@@ -104,11 +106,12 @@ def _describe(rows: Rows) -> str:
     return f"{len(rows)} rows, {len(counts)} labels: {shown}{more}{skipped}"
 
 
-def _models(home: Home) -> Iterator[Finding]:
+def _models(home: Home, site: SiteSettings) -> Iterator[Finding]:
     registry = Models(home.models_file)
     known = registry.all()
     if not known:
-        yield Finding("base models", False, "none yet; add one with `silotune-agent model add NAME --path DIR`")
+        wanted = site.policy is None or bool(site.policy.base_models)
+        yield Finding("base models", not wanted, "none; add one with `silotune-agent model add NAME --path DIR`")
     for model in known:
         subject = f"base model {model.name}"
         try:

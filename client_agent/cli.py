@@ -10,6 +10,7 @@ import functools
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from client_agent import facts, first_site_file, identity, policy, settings
 from client_agent.home import Home
-from client_agent.models import BaseModel, Models, fetch_from_hub
+from client_agent.models import BaseModel, Models, check_model_name, fetch_from_hub
 from client_agent.observe import StatusFile
 from protos import errors
 from protos.errors import SilotuneError
@@ -75,6 +76,11 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
                 if error.hint:
                     click.echo(error.hint, err=True)
             sys.exit(code)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:
+            traceback.print_exc()
+            sys.exit(EXIT_CODES["INTERNAL"])
         data, code = answer if isinstance(answer, tuple) else (answer, 0)
         if as_json:
             _print_json("ok" if code == 0 else "error", code, data)
@@ -263,7 +269,7 @@ def model_add(
         raise click.UsageError("--revision goes with --hub.")
     home.create()
     if hub:
-        path = fetch_from_hub(hub, revision=revision, into=home.models / name)
+        path = fetch_from_hub(hub, revision=revision, into=home.models / check_model_name(name))
     assert path is not None
     with console.status("Reading the model ...") as shown:
         on_file = (lambda file: shown.update(f"Reading {file} ...")) if text else (lambda file: None)

@@ -19,10 +19,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from client_agent.probe import probe
 from client_agent.rpc import from_rpc_error
 from client_agent.taskdir import sync_directory, write_json
 from protos.channel import CLIENT_OPTIONS
-from protos.errors import AlreadyExists, InvalidInput, Unauthenticated
+from protos.errors import AlreadyExists, InvalidInput, SilotuneError, Unauthenticated, Unavailable
 from protos.identity import Identity, JoinToken, parse_uri
 from protos.v1 import agent_pb2, agent_pb2_grpc
 
@@ -116,13 +117,24 @@ def enroll(directory: Path, *, token: JoinToken, coordinator: str, replace: bool
         try:
             answer = agent_pb2_grpc.EnrollmentServiceStub(channel).Enroll(request, timeout=ENROLL_TIMEOUT_SECONDS)
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+            raise _explained(from_rpc_error(error), address=token.enrollment_address, ca=ca) from error
     identity = SiteIdentity(name=token.name, coordinator=coordinator, key=key, certificate=answer.certificate, ca=ca)
     _check_certificate(identity)
     (directory / CA).write_bytes(ca)
     _swap_in(directory, key=key, certificate=answer.certificate)
     write_json(directory / FACTS, {"name": token.name, "coordinator": coordinator})
     return identity
+
+
+def _explained(error: SilotuneError, *, address: str, ca: bytes) -> SilotuneError:
+    """gRPC's "unavailable" in words that say what to do; any other error as it is."""
+    if not isinstance(error, Unavailable):
+        return error
+    found = probe(address, ca_pem=ca)
+    if found.reachable:
+        return error
+    hint = "Enrollment has an address of its own, which the token carries; a firewall must let it through too."
+    return Unavailable(f"Enrollment failed: {found.sentence}.", hint=hint)
 
 
 def make_csr(key_pem: bytes, *, name: str) -> bytes:

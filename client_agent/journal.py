@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ KIND_NAMES = {
     agent_pb2.TASK_KIND_TRAIN: "train",
     agent_pb2.TASK_KIND_EVALUATE: "evaluate",
 }
+UNKNOWN_KIND = "unknown"  # of a newer coordinator
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def work_of(task: agent_pb2.Task) -> Work:
     return Work(
         job_id=task.job_id,
         round=task.round,
-        kind=KIND_NAMES[task.kind],
+        kind=KIND_NAMES.get(task.kind, UNKNOWN_KIND),
         spec_hash=task.spec_hash,
         base_digest=task.base_digest,
         version=task.version,
@@ -139,10 +140,12 @@ class Journal:
     def remove(self, work: Work) -> None:
         shutil.rmtree(self.path(work), ignore_errors=True)
 
-    def prune(self, *, now_unix_seconds: float | None = None) -> None:
+    def prune(self, *, held: Iterable[Work], now_unix_seconds: float) -> None:
         """Removes the directories of work that nobody asked for again: all but the newest few, and the old ones."""
-        now = time.time() if now_unix_seconds is None else now_unix_seconds
-        found = sorted(self._directory.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        now = now_unix_seconds
+        in_hand = {work.directory_name for work in held}
+        found = [path for path in self._directory.glob("*") if path.name not in in_hand]
+        found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         for index, path in enumerate(found):
             if index >= KEPT_DIRECTORIES or now - path.stat().st_mtime > KEPT_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)

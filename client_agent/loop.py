@@ -25,6 +25,7 @@ from protos.v1 import agent_pb2
 
 # Progress is shown to people, so it goes out more often than the lease needs.
 BEAT_SECONDS = 5.0
+STAGE_BEAT_SECONDS = 1.0
 REGAIN_WAIT_SECONDS = 5.0
 REGRANTS = 5
 REFUSED_PAUSE_SECONDS = 30.0
@@ -180,7 +181,17 @@ class Daemon:
                     return answer.reason
                 lease_seconds = answer.lease_seconds or lease_seconds
             self.show_status()
-            await asyncio.sleep(min(lease_seconds / 3, BEAT_SECONDS) if lease_seconds > 0 else BEAT_SECONDS)
+            await self._pause(grant, seconds=min(lease_seconds / 3, BEAT_SECONDS))
+
+    async def _pause(self, grant: Grant, *, seconds: float) -> None:
+        """Until the next heartbeat is due: a new stage is told soon, but a fast task does not beat at each of them."""
+        await asyncio.sleep(min(seconds, STAGE_BEAT_SECONDS))
+        try:
+            async with asyncio.timeout(max(0.0, seconds - STAGE_BEAT_SECONDS)):
+                await grant.stage_changed.wait()
+        except TimeoutError:
+            pass
+        grant.stage_changed.clear()
 
     # --- one task
 
@@ -208,7 +219,8 @@ class Daemon:
             await _cancelled(steps)
             self._held.pop(grant.task.id, None)
             self._count_hands()
-            await asyncio.to_thread(self._stages.journal.prune)
+            held = [other.work for other in self._held.values()]
+            await asyncio.to_thread(self._stages.journal.prune, held=held, now_unix_seconds=time.time())
             self.show_status()
 
     async def _outcome(self, grant: Grant) -> Outcome:
@@ -228,6 +240,9 @@ class Daemon:
             return failed(error)
         except LeaseLost:
             raise
+        except OSError as error:
+            log.exception("The task failed at this machine's disk.")
+            return agent_pb2.Failed(reason=f"The agent could not use its disk: {error.strerror}.")
         except Exception as error:
             # A defect of ours must be reported, not end the daemon; its text may quote anything, so it stays here.
             log.exception("The task failed by a defect of the agent.")
@@ -273,17 +288,22 @@ class Daemon:
             fate = "refused"
         else:
             fate = agent_pb2.Fate.Name(answer.fate).removeprefix("FATE_").lower()
-            logger.info(f"The task {field}.", **({"fate": fate, "reason": answer.reason} if answer.reason else {"fate": fate}))
+            logger.info(
+                f"The task {field}.", **({"fate": fate, "reason": answer.reason} if answer.reason else {"fate": fate})
+            )
         self._stages.metrics.tasks_finished.labels(grant.work.kind, field).inc()
         await asyncio.to_thread(self._stages.journal.remove, grant.work)
 
     async def _renew_certificate(self) -> None:
+        said = ""
         while True:
             if self._session.identity.renewal_due(now=utc_now()):
                 try:
                     identity = await self._session.renew()
                 except SilotuneError as error:
-                    log.warning("The certificate could not be renewed yet.", reason=error.message)
+                    if error.message != said:
+                        log.warning("The certificate could not be renewed yet.", reason=error.message)
+                    said = error.message
                 else:
                     log.info("The certificate was renewed.", valid_until=f"{identity.expires:%Y-%m-%d %H:%M} UTC")
             await asyncio.sleep(RENEWAL_CHECK_SECONDS)

@@ -6,14 +6,17 @@ import asyncio
 import logging
 import signal
 import sys
+from dataclasses import dataclass
 
 import structlog
 
-from client_agent import facts, observe, settings
+from client_agent import facts, settings
 from client_agent.home import Home
 from client_agent.loop import Daemon
+from client_agent.observe import AgentMetrics, StatusFile, serve
 from client_agent.runner import Runner
 from client_agent.session import Session, Waiting
+from client_agent.settings import SiteSettings
 from client_agent.stages import Stages
 
 # With the trainer's own exit this stays below the ten seconds that service managers grant.
@@ -55,28 +58,41 @@ def run(home: Home, *, json_logs: bool) -> None:
         asyncio.run(_serve(home))
 
 
-async def _serve(home: Home) -> None:
-    site = settings.load(home.site_file)
+@dataclass(frozen=True)
+class Agent:
+    """The parts of a daemon, put together."""
+
+    daemon: Daemon
+    runner: Runner
+    session: Session
+    metrics: AgentMetrics
+
+
+def compose(home: Home, site: SiteSettings, *, gpu: str, rows: dict[str, int]) -> Agent:
+    """Unauthenticated when this agent has not been enrolled."""
     waiting = Waiting()
     session = Session(home, waiting=waiting)
-    metrics = observe.AgentMetrics(version=facts.agent_version())
+    metrics = AgentMetrics(version=facts.agent_version())
     runner = Runner(log_directory=home.log, idle_seconds=site.device.idle_seconds)
-    stages = Stages(
-        home=home, settings=site, session=session, runner=runner, metrics=metrics,
-        gpu=await asyncio.to_thread(facts.gpu_name), rows=await asyncio.to_thread(facts.count_rows, home, site),
-    )  # fmt: skip
-    daemon = Daemon(stages=stages, session=session, waiting=waiting, status=observe.StatusFile(home.status_file))
-    http, address = await observe.serve(site.http.address, metrics=metrics, not_ready=daemon.not_ready)
-    log.info(
-        "The agent runs.", site=session.identity.name, coordinator=session.identity.coordinator,
-        device=facts.choose_device(site.device, gpu=stages.gpu), http=address,
-    )  # fmt: skip
+    stages = Stages(home=home, settings=site, session=session, runner=runner, metrics=metrics, gpu=gpu, rows=rows)
+    daemon = Daemon(stages=stages, session=session, waiting=waiting, status=StatusFile(home.status_file))
+    return Agent(daemon, runner, session, metrics)
+
+
+async def _serve(home: Home) -> None:
+    site = settings.load(home.site_file)
+    gpu = await asyncio.to_thread(facts.gpu_name)
+    agent = compose(home, site, gpu=gpu, rows=await asyncio.to_thread(facts.count_rows, home, site))
+    identity = agent.session.identity
+    http, address = await serve(site.http.address, metrics=agent.metrics, not_ready=agent.daemon.not_ready)
+    device = facts.choose_device(site.device, gpu=gpu)
+    log.info("The agent runs.", site=identity.name, coordinator=identity.coordinator, device=device, http=address)
     if site.policy is None:
         log.warning("site.toml has no [policy]: nothing will run here.")
-    working = asyncio.ensure_future(daemon.run())
+    working = asyncio.ensure_future(agent.daemon.run())
 
     def stop() -> None:
-        runner.cancel_seconds = STOP_CANCEL_SECONDS
+        agent.runner.cancel_seconds = STOP_CANCEL_SECONDS
         working.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -86,6 +102,6 @@ async def _serve(home: Home) -> None:
     except asyncio.CancelledError:
         log.info("The agent stops; unfinished work is kept and goes on at the next start.")
     finally:
-        await runner.close()
+        await agent.runner.close()
         await http.cleanup()
-        await session.close()
+        await agent.session.close()

@@ -39,7 +39,7 @@ COMPANIONS = (
     "model.safetensors.index.json",
 )
 HUB_PATTERNS = [WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja"]
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/\-]{0,127}")
+_NAME = re.compile(r"(?=.{1,128}$)[A-Za-z0-9][A-Za-z0-9._\-]*(/[A-Za-z0-9][A-Za-z0-9._\-]*)*")
 
 # Called with a file's name, once for each that is read.
 OnFile = Callable[[str], None]
@@ -59,6 +59,13 @@ class BaseModel:
     files: tuple[tuple[str, int, int], ...]
 
 
+def check_model_name(name: str) -> str:
+    """`name` if it may name a base model. InvalidInput otherwise."""
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(f"{name[:80]!r} is not a model name.", hint="For example minilm or org/model-name.")
+    return name
+
+
 class Models:
     """The registry, `models.json`: name -> BaseModel. Each change is on disk when the call returns."""
 
@@ -76,9 +83,7 @@ class Models:
 
         InvalidInput: not a usable model directory. AlreadyExists: the name stands for other content.
         """
-        if not _NAME.fullmatch(name):
-            raise InvalidInput(f"{name[:80]!r} is not a model name.", hint="For example minilm or org/model-name.")
-        model = inspect_directory(name, directory, on_file=on_file)
+        model = inspect_directory(check_model_name(name), directory, on_file=on_file)
         known = {entry.name: entry for entry in self.all()}
         if name in known and known[name].digest != model.digest:
             raise AlreadyExists(

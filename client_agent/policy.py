@@ -72,7 +72,9 @@ def _objection(policy: Policy, spec: JobSpec, *, base_digest: str, data_rows: in
         epochs = spec.local.steps * spec.local.batch_size / data_rows
         # At least one pass is always within reach: a step count says nothing about a small data set.
         if epochs > max(policy.max_epochs, 1):
-            return f"{spec.local.steps} steps are {epochs:.1f} epochs here, more than max_epochs = {policy.max_epochs:g}"
+            return (
+                f"{spec.local.steps} steps are {epochs:.1f} epochs here, more than max_epochs = {policy.max_epochs:g}"
+            )
     return ""
 
 

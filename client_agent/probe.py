@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
@@ -22,24 +23,34 @@ class Probe:
     sentence: str
 
 
-def probe(address: str, *, ca_pem: bytes) -> Probe:
-    """Connects to `address` (host:port) and looks at the certificate that it presents; sends nothing else."""
+def probe(address: str, *, ca_pem: bytes, own: tuple[Path, Path] | None = None) -> Probe:
+    """Connects to `address` (host:port) and looks at the certificate that it presents; asks for nothing.
+
+    With `own`, the files of the agent's certificate and key, it also finds out whether these are taken.
+    """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     context.load_verify_locations(cadata=ca_pem.decode())
+    if own is not None:
+        context.load_cert_chain(*own)
     try:
         with (
             socket.create_connection((host, int(port)), timeout=TIMEOUT_SECONDS) as plain,
             context.wrap_socket(plain, server_hostname=host) as wrapped,
         ):
+            # TLS 1.3 refuses a client's certificate only after the handshake; HTTP/2 servers speak first.
+            if own is not None and not wrapped.recv(1):
+                return Probe(False, f"{address} is reachable, but does not take this agent's certificate")
             return Probe(True, f"{address} is reachable ({wrapped.version()}, certificate of this federation)")
     except socket.gaierror:
         return Probe(False, f"the host name {host} is not known here; check the name and this machine's DNS")
     except ssl.SSLCertVerificationError as error:
         return Probe(False, _explain_certificate(error, host=host, port=int(port), ca_pem=ca_pem))
     except ssl.SSLError as error:
+        if "ALERT" in (error.reason or ""):
+            return Probe(False, f"{address} is reachable, but does not take this agent's certificate ({error.reason})")
         return Probe(False, f"{address} answers, but not with TLS ({error.reason}); is it the coordinator's port?")
     except TimeoutError:
         return Probe(

@@ -14,7 +14,8 @@ import grpc
 from protos.errors import DETAILS_KEY, SilotuneError, Unavailable, from_details
 
 CALL_TIMEOUT_SECONDS = 30
-FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.25, 30.0
+# The longest pause bounds how late an agent notices that its coordinator is back.
+FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.25, 10.0
 
 Answer = TypeVar("Answer")
 
@@ -72,7 +73,7 @@ async def call(
 
 
 def delays() -> Iterator[float]:
-    """Seconds before each next attempt: doubling to half a minute, each drawn anew so that sites do not come as one."""
+    """Seconds before each next attempt: doubling, each drawn anew so that sites do not come as one."""
     ceiling = FIRST_DELAY_SECONDS
     while True:
         yield random.uniform(ceiling / 2, ceiling)

@@ -18,7 +18,7 @@ import structlog
 
 from client_agent import facts, transfers
 from client_agent.home import Home
-from client_agent.journal import Entry, Journal, Work, work_of
+from client_agent.journal import UNKNOWN_KIND, Entry, Journal, Work, work_of
 from client_agent.models import Models
 from client_agent.observe import AgentMetrics
 from client_agent.policy import Answer, Approvals, decide, parse_spec
@@ -33,6 +33,7 @@ from protos.v1 import agent_pb2
 from protos.v1.manifest_pb2 import ENCODING_RAW, FORM_VALUES, BlobRef, FileRef, Manifest
 
 APPROVAL_POLL_SECONDS = 2.0
+UNITS = ("steps", "bytes", "rows")
 
 log = structlog.get_logger()
 Answered = TypeVar("Answered")
@@ -57,6 +58,7 @@ class Grant:
     first_step_seconds: float | None = None
     # While a person is asked whether the job may run.
     asking: bool = False
+    stage_changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @staticmethod
     def of(task: agent_pb2.Task) -> Grant:
@@ -66,6 +68,8 @@ class Grant:
         self, stage: agent_pb2.Stage, *, done: int = 0, total: int = 0, unit: str = "",
         metrics: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
+        if stage != self.progress.stage:
+            self.stage_changed.set()
         self.progress = agent_pb2.Progress(stage=stage, done=done, total=total, unit=unit, metrics=metrics or {})
 
 
@@ -99,6 +103,8 @@ class Stages:
 
     async def approve(self, grant: Grant, *, on_ask: Callable[[], None]) -> JobSpec:
         """The spec, once it may run here. Refused with the reason; while a person is asked, it waits."""
+        if grant.work.kind == UNKNOWN_KIND:
+            raise Refused(f"This agent ({facts.agent_version()}) is too old for this kind of task; update it.")
         spec = parse_spec(grant.task.spec_json, spec_hash=grant.task.spec_hash)
         base_digest = await self._check_base_model(grant, spec)
         rows = None
@@ -216,8 +222,11 @@ class Stages:
         metrics = _reportable(event.get("metrics", {}), allowed=METRICS)
         grant.at(
             TRAINER_STAGES.get(event["stage"], agent_pb2.STAGE_LOADING),
-            done=int(event["done"]), total=int(event["total"]), unit=event["unit"], metrics=metrics,
-        )  # fmt: skip
+            done=int(event["done"]),
+            total=int(event["total"]),
+            unit=event["unit"] if event["unit"] in UNITS else "",
+            metrics=metrics,
+        )
         if event["stage"] == "training" and event["done"] >= 1 and grant.first_step_seconds is None:
             grant.first_step_seconds = time.monotonic() - grant.began
             self.metrics.first_step_seconds.set(grant.first_step_seconds)

@@ -13,7 +13,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import grpc
 from blake3 import blake3
@@ -113,7 +113,7 @@ async def _receive(
     progress: Progress,
     received: Callable[[int], None],
 ) -> None:
-    read = channel.unary_stream(
+    read: Any = channel.unary_stream(
         "/silotune.v1.TransferService/Read",
         request_serializer=transfer_pb2.ReadRequest.SerializeToString,
         response_deserializer=None,
@@ -212,7 +212,7 @@ async def _send(
     progress: Progress,
     sent: Callable[[int], None],
 ) -> transfer_pb2.WriteResponse:
-    write = channel.stream_unary(
+    write: Any = channel.stream_unary(
         "/silotune.v1.TransferService/Write",
         request_serializer=None,
         response_deserializer=transfer_pb2.WriteResponse.FromString,
@@ -238,8 +238,8 @@ async def _send(
                     finally:
                         await asyncio.wait({ahead})
                 await call.done_writing()
-            except asyncio.InvalidStateError:
-                pass  # The coordinator ended the call early; its answer below says why.
+            except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                pass  # The call ended early. Only its own status, below, says why; a failed write does not know.
             moved(SEAL_SECONDS)
             return await call
     except grpc.aio.AioRpcError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import time
 import uuid
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from rich.text import Text
 
 from coordinator import export, recipe
 from coordinator.client import OperatorClient, facts, load_profile
-from coordinator.terminal import Output, moment, table, with_output
+from coordinator.terminal import Duration, Output, moment, table, with_output
 from coordinator.watch import ENDED, house_agents, line, name_of, picture, waiting_lines, watch
 from protos.errors import InvalidInput, RecipeInvalid
 from protos.identity import JoinToken, check_name
@@ -48,18 +47,6 @@ def asks(function: Callable[..., int | None]) -> Callable[..., None]:
             return function(client=client, **arguments)
 
     return with_output(command)
-
-
-class Duration(click.ParamType):
-    """Text such as 30m as seconds."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        match = re.fullmatch(r"(\d+)\s*([smhd])", str(value))
-        if not match or not int(match[1]):
-            self.fail(f"{value!r} is not a duration; write a number and s, m, h or d, for example 90m.", param, ctx)
-        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
 
 
 # --- site
@@ -398,4 +385,4 @@ def export_model(
         client, job=job_name, version=round_number, directory=directory, force=force, show_progress=output.is_live
     )
     output.answer(exported.facts, text=exported.sentence)
-    output.note(f"\nUse it (README.md in the directory says more):\n\n{exported.usage}")
+    output.note(f"\nUse it:\n\n{exported.usage}")

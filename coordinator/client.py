@@ -13,15 +13,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import click
 import grpc
 from cryptography import x509
 from google.protobuf.message import Message
 
-from coordinator.settings import profile_directory
 from protos import frames
 from protos.channel import CLIENT_OPTIONS
 from protos.errors import DETAILS_KEY, SilotuneError, Unauthenticated, Unavailable, from_details
 from protos.frames import Frame
+from protos.identity import INSECURE_IDENTITY_KEY, Identity, Role
 from protos.v1 import operator_pb2_grpc, transfer_pb2
 
 CALL_TIMEOUT_SECONDS = 15.0
@@ -38,19 +39,28 @@ class Profile:
     ca: bytes
     certificate: bytes
     key: bytes
+    # For a coordinator that serves with --insecure-loopback, in benchmarks: no TLS, and only to this machine.
+    insecure_loopback: bool = False
 
     @property
     def expires(self) -> datetime:
         return x509.load_pem_x509_certificate(self.certificate).not_valid_after_utc
 
 
+def profile_directory(profile: str) -> Path:
+    """A path as it stands; a plain name below the user's configuration, ~/.config/silotune."""
+    return Path(profile).expanduser() if "/" in profile else Path(click.get_app_dir("silotune")) / profile
+
+
 def load_profile(name_or_directory: str) -> Profile:
     """Unauthenticated when there is no such profile, or a part of it is missing."""
     directory = profile_directory(name_or_directory)
     try:
+        fields = tomllib.loads((directory / "profile.toml").read_text())
         return Profile(
             directory=directory,
-            address=tomllib.loads((directory / "profile.toml").read_text())["address"],
+            address=fields["address"],
+            insecure_loopback=fields.get("insecure_loopback", False) and fields["address"].startswith("127.0.0.1:"),
             ca=(directory / "ca.pem").read_bytes(),
             certificate=(directory / "certificate.pem").read_bytes(),
             key=(directory / "key.pem").read_bytes(),
@@ -81,19 +91,20 @@ class OperatorClient:
     def ask(self, method: str, request: Message, *, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> Any:
         """The answer of one method of OperatorService."""
         try:
-            return getattr(self._stub, method)(request, timeout=timeout_seconds)
+            return getattr(self._stub, method)(request, timeout=timeout_seconds, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._explain(error, timeout_seconds=timeout_seconds) from error
 
     def read(self, digest: str, *, offset: int) -> Iterator[Frame]:
         """The frames of a blob from `offset` on, each checked; CorruptData where one is not what was sent."""
         with self._open_channel() as channel:
-            read = channel.unary_stream(
+            read: Any = channel.unary_stream(
                 "/silotune.v1.TransferService/Read",
                 request_serializer=transfer_pb2.ReadRequest.SerializeToString,
                 response_deserializer=None,
             )
-            call = read(transfer_pb2.ReadRequest(digest=digest, offset=offset), timeout=READ_TIMEOUT_SECONDS)
+            request = transfer_pb2.ReadRequest(digest=digest, offset=offset)
+            call = read(request, timeout=READ_TIMEOUT_SECONDS, metadata=self._metadata)
             try:
                 for message in call:
                     yield frames.decode(message)
@@ -102,7 +113,14 @@ class OperatorClient:
             finally:
                 call.cancel()
 
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        me = Identity(Role.OPERATOR, "operator")
+        return ((INSECURE_IDENTITY_KEY, me.uri),) if self.profile.insecure_loopback else ()
+
     def _open_channel(self) -> grpc.Channel:
+        if self.profile.insecure_loopback:
+            return grpc.insecure_channel(self.profile.address, options=CLIENT_OPTIONS)
         credentials = grpc.ssl_channel_credentials(
             root_certificates=self.profile.ca,
             private_key=self.profile.key,
@@ -142,6 +160,8 @@ def _what_to_check(code: str, details: str, *, timeout_seconds: float) -> tuple[
             "its certificate is for another host name",
             "Use a name or address that was given to `silotune-coordinator init --host`.",
         )
+    if "andshake failed" in details:
+        return "what answers there does not speak this TLS", "Check the address in profile.toml: is it the main port?"
     if "refused" in details:
         return "nothing listens there", "Check that `silotune-coordinator serve` runs, and the address in profile.toml."
     return details.split("\n")[0][:200].rstrip(".") or code, "Check the address in profile.toml and the network."

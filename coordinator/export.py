@@ -195,27 +195,45 @@ def _assemble(blobs: dict[str, manifest_pb2.BlobRef], *, spec: JobSpec, staging:
 
 
 def join(sources: Sequence[Path], *, target: Path) -> None:
-    """One tensor file with the tensors of all `sources`, in canonical order. CorruptData: two have the same name."""
+    """One safetensors file with the tensors of all `sources`, of any dtype, sorted by name.
+
+    CorruptData: two tensors have the same name, or a header is not one.
+    """
     where: dict[str, tuple[Path, int, int]] = {}
-    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    header: dict[str, Any] = {}
     for path in sources:
-        with path.open("rb") as file:
-            length = tensors.header_length(file.read(8))
-            file.seek(0)
-            layout = tensors.parse_header(file.read(length), file_bytes=path.stat().st_size)
-        for spec in layout.tensors:
-            if spec.name in where:
-                raise CorruptData(f"Tensor {spec.name!r} is both federated and frozen.")
-            where[spec.name] = (path, layout.data_start + spec.offset, spec.size_bytes)
-            entries.append((spec.name, spec.dtype, spec.shape))
-    header, joined = tensors.make_header(entries)
+        entries, data_start = _entries(path)
+        for name, entry in entries.items():
+            if name in where:
+                raise CorruptData(f"Tensor {name!r} is both federated and frozen.")
+            begin, end = entry["data_offsets"]
+            where[name] = (path, data_start + begin, end - begin)
+            header[name] = entry
+    end = 0
+    for name in sorted(header):
+        begin, end = end, end + where[name][2]
+        header[name] = {**header[name], "data_offsets": [begin, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     with target.open("wb") as out:
-        out.write(header)
-        for spec in joined.tensors:
-            path, start, length = where[spec.name]
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(where):
+            path, start, length = where[name]
             with path.open("rb") as file:
                 file.seek(start)
                 _copy(file, out, length=length)
+
+
+def _entries(path: Path) -> tuple[dict[str, Any], int]:
+    """The table of contents, and where the data begins. Integer buffers are allowed here: they do not travel again."""
+    with path.open("rb") as file:
+        data_start = tensors.header_length(file.read(8))
+        try:
+            entries = json.loads(file.read(data_start - 8))
+        except ValueError as error:
+            raise CorruptData(f"The header of tensor file {path.name} is not valid JSON.") from error
+    entries.pop("__metadata__", None)
+    return entries, data_start
 
 
 def _copy(source: BinaryIO, target: BinaryIO, *, length: int) -> None:

@@ -26,6 +26,7 @@ def card(model: operator_pb2.GetModelResponse, *, spec: JobSpec, files: Mapping[
         _facts(model, spec),
         "## Use",
         f"```python\n{usage(spec, directory=HERE)}\n```",
+        *([f"`{spec.base_model.name}` stands for the base model's own directory."] if _is_adapter(spec) else []),
         "Labels: " + ", ".join(f"`{label}`" for label in spec.task.labels) + f". At most {spec.task.max_length} tokens "
         "of a text were seen in training and evaluation; give `max_length` as above for the same results.",
         "## Who took part",
@@ -54,7 +55,7 @@ def usage(spec: JobSpec, *, directory: str) -> str:
     if not isinstance(spec.task, Classification):
         return f'from safetensors import safe_open\nprint(safe_open("{directory}/model.safetensors", "numpy").keys())'
     call = f'print(classify("A text.", truncation=True, max_length={spec.task.max_length}))'
-    if not isinstance(spec.method, Lora):
+    if not _is_adapter(spec):
         return (
             "from transformers import pipeline\n"
             f'classify = pipeline("text-classification", model="{directory}")\n'
@@ -72,9 +73,13 @@ def usage(spec: JobSpec, *, directory: str) -> str:
     )
 
 
+def _is_adapter(spec: JobSpec) -> bool:
+    return isinstance(spec.method, Lora)
+
+
 def _front_matter(spec: JobSpec) -> str:
     assert spec.base_model is not None
-    library = "peft" if isinstance(spec.method, Lora) else "transformers"
+    library = "peft" if _is_adapter(spec) else "transformers"
     return "\n".join(
         (
             "---",

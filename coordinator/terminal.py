@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -165,3 +166,15 @@ def size(number_of_bytes: int) -> str:
 def moment(unix_seconds: float) -> str:
     """Local time; empty for never."""
     return datetime.fromtimestamp(unix_seconds).strftime("%Y-%m-%d %H:%M:%S") if unix_seconds else ""
+
+
+class Duration(click.ParamType):
+    """Text such as 30m as seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d+)\s*([smhd])", str(value))
+        if not match or not int(match[1]):
+            self.fail(f"{value!r} is not a duration; write a number and s, m, h or d, for example 90m.", param, ctx)
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]

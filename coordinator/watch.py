@@ -178,7 +178,8 @@ def _percent(task: TaskView) -> str:
 def _curve(metric: str, by_version: dict[int, float], *, best: int | None) -> Text:
     values = list(by_version.values())
     low, high = min(values), max(values)
-    span = (high - low) or 1.0
+    # A hundredth of the value is no rise and no fall.
+    span = max(high - low, abs(high) / 100) or 1.0
     bars = "".join(_CURVE[round((value - low) / span * (len(_CURVE) - 1))] for value in values)
     text = Text.assemble((metric, "bold"), "  ", (bars, "cyan"), f"  {values[0]:.3f} to {values[-1]:.3f}")
     if best in by_version:

@@ -125,6 +125,9 @@ class LocalFederation:
             "--host", host, "--listen", host, "--port", port,
             "--enrollment-port", self._enrollment.rsplit(":", 1)[1], "--http-port", self._http.rsplit(":", 1)[1],
         )  # fmt: skip
+        if self.insecure_loopback:
+            with (self.profile / "profile.toml").open("a") as file:
+                file.write("insecure_loopback = true\n")
         path = self.data / "coordinator.toml"
         text = path.read_text()
         for table, keys in self.settings.items():

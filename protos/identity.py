@@ -18,6 +18,8 @@ from protos.errors import InvalidInput, Unauthenticated
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _URI = re.compile(r"spiffe://silotune/(site|house|operator|coordinator)/([a-z0-9-]{1,63})")
 _TOKEN_PREFIX = "silo1."
+# Metadata with which a caller names itself, by its URI, to a coordinator that serves without TLS on loopback.
+INSECURE_IDENTITY_KEY = "silotune-insecure-identity"
 
 
 class Role(Enum):

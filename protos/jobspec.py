@@ -332,7 +332,8 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     if kind == "union_tag_invalid":
         return f"{where}.type must be {_alternatives(context['expected_tags'])}.", f"{where}.type"
     branches = [_expected(detail) for inner, detail in found if inner == path]
-    given = json.dumps(first["input"], default=str, ensure_ascii=False)[:60]
+    given = json.dumps(first["input"], default=str, ensure_ascii=False)
+    given = given if len(given) <= 60 else f"{given[:60]}..."
     return f"{where} must be {' or '.join(branches)}, not {given}.", where
 
 

@@ -1,6 +1,6 @@
 """A site's rows: read from CSV, JSON lines or Parquet, checked, mapped to the recipe's labels, and split.
 
-Nothing here imports torch, so that the daemon and `silotune-agent check` read the rows by the very rules of the trainer.
+Nothing here imports torch, so that the daemon and `silotune-agent check` read rows by the very rules of the trainer.
 
 A wrong row ends the reading with one sentence that names the data set, the row (1 is the first row of data, blank ones
 counted) and what to do. What the sentence quotes from the file is repeated in `facts["seen"]`: a person at the site
@@ -70,7 +70,7 @@ class _Source:
         seen = ", ".join(shorten(name) for name in names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
         hint = f"Set text and label under [data.{self.name}] in site.toml to two of these."
         if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
-            hint = f"The columns seem to be separated by {other!r}: set delimiter under [data.{self.name}] in site.toml."
+            hint = f"Is {other!r} what separates the columns? Then set delimiter under [data.{self.name}] in site.toml."
         verb = "there is" if row is not None else "has"
         return self.wrong(f"{verb} no column {column!r}; the columns are {seen}.", row=row, hint=hint, seen=seen)
 
@@ -95,11 +95,11 @@ def read_rows(data_set: DataSet, *, name: str, labels: tuple[str, ...] | None, s
     total = skipped = 0
     for record in _records(source):
         total = record.row
-        text = _text(record, source)
+        text = _text(record, source=source)
         if not text.strip():
             skipped += 1
             continue
-        label = _label(record, source, labels)
+        label = _label(record, source=source, labels=labels)
         if label is None:
             skipped += 1
             continue
@@ -152,8 +152,8 @@ def _is_validation(text: str, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def _text(record: _Record, source: _Source) -> str:
-    value = _decoded(record.text, source.data_set.text, source, row=record.row)
+def _text(record: _Record, *, source: _Source) -> str:
+    value = _decoded(record.text, column=source.data_set.text, source=source, row=record.row)
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -165,9 +165,9 @@ def _text(record: _Record, source: _Source) -> str:
     return value
 
 
-def _label(record: _Record, source: _Source, labels: tuple[str, ...] | None) -> str | None:
+def _label(record: _Record, *, source: _Source, labels: tuple[str, ...] | None) -> str | None:
     """The recipe's label of a row; None when it has none and such rows are to be skipped."""
-    value = _label_text(_decoded(record.label, source.data_set.label, source, row=record.row))
+    value = _label_text(_decoded(record.label, column=source.data_set.label, source=source, row=record.row))
     label = source.data_set.labels.get(value, value)
     if label and (labels is None or label in labels):
         return label
@@ -201,7 +201,7 @@ def _label_text(value: object) -> str:
     return str(value).strip()
 
 
-def _decoded(value: object, column: str, source: _Source, *, row: int) -> object:
+def _decoded(value: object, *, column: str, source: _Source, row: int) -> object:
     if isinstance(value, bytes):
         try:
             return value.decode(source.data_set.encoding)
@@ -312,12 +312,16 @@ def _parquet_records(source: _Source) -> Iterator[_Record]:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[data_set.text, data_set.label]):
                 for text, label in zip(batch.column(data_set.text), batch.column(data_set.label), strict=True):
                     row += 1
-                    yield _Record(row, _value(text, data_set.text, source, row), _value(label, data_set.label, source, row))
+                    yield _Record(
+                        row,
+                        _value(text, column=data_set.text, source=source, row=row),
+                        _value(label, column=data_set.label, source=source, row=row),
+                    )
     except pyarrow.ArrowException as error:
         raise source.wrong("has a file that is not valid Parquet.") from error
 
 
-def _value(scalar: Any, column: str, source: _Source, row: int) -> object:
+def _value(scalar: Any, *, column: str, source: _Source, row: int) -> object:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:

@@ -135,25 +135,19 @@ class TransferService:
         caller: Caller,
         traffic: _Traffic,
     ) -> None:
-        """Appends frames until the stream ends; while a thread appends one batch the next one arrives."""
-        batch: list[bytes] = []
-        appending: asyncio.Future[int] | None = None
+        """Appends frames until the stream ends. Whatever ends it, what has arrived is kept."""
+        appender = _Appender(partial(self._in_disk, _append, upload), traffic=traffic)
         message, received = opening, 0
-        while message is not None:
-            batch.append(message)
-            received += 1
-            if appending is None or appending.done() or len(batch) >= BATCH_FRAMES:
-                if appending is not None:
-                    traffic.add(await appending)
-                appending = self._in_disk(_append, upload, batch)
-                batch = []
-            await caller.check()
-            if received % LEASE_CHECK_FRAMES == 0:
-                await self._check_lease(target, caller)
-            message = await _next(messages)
-        if appending is not None:
-            traffic.add(await appending)
-        traffic.add(await self._in_disk(_append, upload, batch))
+        try:
+            while message is not None:
+                await appender.add(message)
+                received += 1
+                await caller.check()
+                if received % LEASE_CHECK_FRAMES == 0:
+                    await self._check_lease(target, caller)
+                message = await _next(messages)
+        finally:
+            await appender.finish()
 
     async def _check_lease(self, target: pb.UploadTarget, caller: Caller) -> None:
         task = await asyncio.to_thread(
@@ -193,6 +187,35 @@ class _Traffic:
     def add(self, count: int) -> None:
         self.counter.inc(count)
         self.counted_bytes += count
+
+
+class _Appender:
+    """Appends batches of frames one after another, while the next ones are received."""
+
+    def __init__(self, append: Callable[[list[bytes]], asyncio.Future[int]], *, traffic: _Traffic) -> None:
+        self._append = append
+        self._traffic = traffic
+        self._waiting: list[bytes] = []
+        self._running: asyncio.Task[None] | None = None
+
+    async def add(self, message: bytes) -> None:
+        """Returns at once, or when fewer than BATCH_FRAMES wait. Raises what an earlier append raised."""
+        self._waiting.append(message)
+        if self._running is None or self._running.done():
+            await self.finish()
+            self._running = asyncio.create_task(self._run())
+        if len(self._waiting) >= BATCH_FRAMES:
+            await self._running
+
+    async def finish(self) -> None:
+        """Returns when everything is appended. Raises what an append raised."""
+        if self._running is not None:
+            await self._running
+
+    async def _run(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            self._traffic.add(await self._append(batch))
 
 
 def _append(upload: Upload, messages: list[bytes]) -> int:

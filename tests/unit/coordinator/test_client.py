@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from coordinator import ca
-from coordinator.client import OperatorClient, facts, load_profile
+from coordinator.client import OperatorClient, facts, load_profile, profile_directory
 from protos.errors import CorruptData, NotFound, Unauthenticated, Unavailable
 from protos.v1 import operator_pb2
 
@@ -94,3 +96,29 @@ def test_facts_are_plain_values():
         "metrics": {"loss": 0.5},
         "seconds": {},
     }
+
+
+def test_a_port_that_does_not_speak_tls_is_said_to_be_another(door: Any):
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    port = server.add_insecure_port("localhost:0")
+    server.start()
+    directory = Path(door.profile())
+    (directory / "profile.toml").write_text(f'address = "localhost:{port}"\n')
+    with OperatorClient(load_profile(str(directory))) as client, pytest.raises(Unavailable) as caught:
+        client.ask("ListJobs", LIST)
+    server.stop(grace=None)
+    assert "does not speak this TLS" in caught.value.message
+
+
+@pytest.mark.parametrize(("address", "insecure"), [("127.0.0.1:9443", True), ("fl.example.org:9443", False)])
+def test_tls_is_left_out_on_this_machine_only(door: Any, address: str, insecure: bool):
+    directory = Path(door.profile())
+    (directory / "profile.toml").write_text(f'address = "{address}"\ninsecure_loopback = true\n')
+    assert load_profile(str(directory)).insecure_loopback is insecure
+
+
+def test_a_profile_is_a_name_or_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert profile_directory("default") == tmp_path / ".config" / "silotune" / "default"
+    assert profile_directory("~/fed/operator") == tmp_path / "fed" / "operator"

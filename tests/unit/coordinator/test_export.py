@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from coordinator import export
 from coordinator.client import OperatorClient, load_profile
@@ -88,6 +88,18 @@ def test_a_version_without_frozen_tensors_is_written_byte_for_byte(door: Any, ta
     assert (directory / "model.safetensors").read_bytes() == door.blobs[told.model.digest]
     facts = json.loads((directory / "silotune.json").read_text())
     assert facts["files"]["model.safetensors"]["digest"] == told.model.digest == facts["version_digest"]
+
+
+def test_frozen_buffers_may_be_of_any_type(tmp_path: Path):
+    (tmp_path / "federated").write_bytes(tensor_file({"weight": ramp(3)}))
+    save_file({"position_ids": np.arange(5), "mask": np.array([True, False])}, tmp_path / "frozen")
+    export.join([tmp_path / "federated", tmp_path / "frozen"], target=tmp_path / "joined")
+    loaded = load_file(tmp_path / "joined")
+    assert {name: value.tolist() for name, value in loaded.items()} == {
+        "mask": [True, False],
+        "position_ids": [0, 1, 2, 3, 4],
+        "weight": [0.0, 1.0, 2.0],
+    }
 
 
 def test_an_adapter_keeps_its_name(door: Any, take: Any):
@@ -200,57 +212,80 @@ def test_a_tensor_that_is_federated_and_frozen_is_refused(door: Any, take: Any):
 
 LOAD = """
 import sys
-import torch
-from peft import PeftModel
+import numpy as np
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 whole, report = AutoModelForSequenceClassification.from_pretrained("whole", output_loading_info=True)
 assert not report["missing_keys"] and not report["unexpected_keys"], report
-torch.manual_seed(1)
 base = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained("adapter"))
-adapted = PeftModel.from_pretrained(base, "adapter")
-for model, name in ((whole, "whole.pt"), (adapted, "adapter.pt")):
-    torch.testing.assert_close(model.eval()(input_ids=torch.arange(3, 9)[None]).logits, torch.load(name))
+adapted = get_peft_model_state_dict(PeftModel.from_pretrained(base, "adapter"))
+for loaded, name in ((dict(whole.named_parameters()), "whole.npz"), (adapted, "adapter.npz")):
+    expected = np.load(name)
+    assert sorted(loaded) == sorted(expected), sorted(loaded)
+    for key in expected:
+        np.testing.assert_array_equal(loaded[key].detach().numpy(), expected[key], err_msg=key)
 assert not [name for name in sys.modules if name.split(".")[0] in ("coordinator", "protos", "client_agent")]
 """
+HIDDEN, LABELS = 8, 2
+CONFIG = {
+    "model_type": "bert",
+    "vocab_size": 20,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": HIDDEN,
+    "max_position_embeddings": 16,
+}
+ADAPTER_CONFIG = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 2, "target_modules": ["query"]}
+
+
+def tiny_bert() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(trained, frozen) tensors of a one-layer BERT classifier whose embeddings were frozen."""
+    layer = "bert.encoder.layer.0"
+    linears = [f"{layer}.attention.self.{name}" for name in ("query", "key", "value")]
+    linears += [f"{layer}.{name}.dense" for name in ("attention.output", "intermediate", "output")]
+    norms = [f"{layer}.{name}.LayerNorm" for name in ("attention.output", "output")]
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{name}.weight": (HIDDEN, HIDDEN) for name in [*linears, "bert.pooler.dense"]
+    }
+    shapes |= {f"{name}.weight": (HIDDEN,) for name in norms}
+    shapes |= {f"{name}.bias": (HIDDEN,) for name in [*linears, *norms, "bert.pooler.dense"]}
+    shapes |= {"classifier.weight": (LABELS, HIDDEN), "classifier.bias": (LABELS,)}
+    rows = {"word_embeddings": 20, "position_embeddings": 16, "token_type_embeddings": 2}
+    frozen = {f"bert.embeddings.{name}.weight": (count, HIDDEN) for name, count in rows.items()}
+    frozen |= {f"bert.embeddings.LayerNorm.{name}": (HIDDEN,) for name in ("weight", "bias")}
+    random = np.random.default_rng(1)
+    return tuple(  # type: ignore[return-value]
+        {name: random.standard_normal(shape, dtype=np.float32) for name, shape in part.items()}
+        for part in (shapes, frozen)
+    )
+
+
+def tiny_adapter() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(2)
+    query = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    shapes = {
+        f"{query}.lora_A.weight": (2, HIDDEN),
+        f"{query}.lora_B.weight": (HIDDEN, 2),
+        "base_model.model.classifier.weight": (LABELS, HIDDEN),
+        "base_model.model.classifier.bias": (LABELS,),
+    }
+    return {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
 def test_transformers_and_peft_open_what_was_exported(door: Any, take: Any, tmp_path: Path):
-    import peft
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification
-
-    def as_file(state: dict[str, torch.Tensor]) -> bytes:
-        return tensor_file({name: value.detach().numpy() for name, value in state.items()})
-
-    torch.manual_seed(1)
-    config = BertConfig(
-        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2
-    )
-    config.save_pretrained(tmp_path)
-    model = BertForSequenceClassification(config).eval()
-    tokens = torch.arange(3, 9)[None]
-
-    model.bert.embeddings.requires_grad_(False)
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
-    config_json = (tmp_path / "config.json").read_bytes()
-    offer(door, model=as_file(trained), files={"config.json": config_json, "frozen.safetensors": as_file(frozen)})
+    config = json.dumps(CONFIG).encode()
+    trained, frozen = tiny_bert()
+    offer(door, model=tensor_file(trained), files={"config.json": config, "frozen.safetensors": tensor_file(frozen)})
     take(name="whole")
-    torch.save(model(input_ids=tokens).logits.detach(), tmp_path / "whole.pt")
+    np.savez(tmp_path / "whole.npz", **trained, **frozen)
 
-    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-    adapted = peft.get_peft_model(model, lora).eval()
-    with torch.no_grad():
-        for name, value in adapted.named_parameters():
-            if "lora_B" in name or "classifier" in name:
-                value.add_(0.3)
-    lora.save_pretrained(tmp_path)
-    files = {name: (tmp_path / name).read_bytes() for name in ("config.json", "adapter_config.json")}
-    fields = {**FIELDS, "method": {"type": "lora", "rank": 2}}
-    offer(door, fields=fields, model=as_file(peft.get_peft_model_state_dict(adapted)), files=files)
+    adapter = tiny_adapter()
+    files = {"config.json": config, "adapter_config.json": json.dumps(ADAPTER_CONFIG).encode()}
+    offer(door, fields={**FIELDS, "method": {"type": "lora", "rank": 2}}, model=tensor_file(adapter), files=files)
     take(name="adapter")
-    torch.save(adapted(input_ids=tokens).logits.detach(), tmp_path / "adapter.pt")
+    np.savez(tmp_path / "adapter.npz", **adapter)
 
     # In a process that has no silotune.
     subprocess.run([sys.executable, "-c", LOAD], check=True, cwd=tmp_path)

@@ -21,7 +21,10 @@ PLACES = [
     *sorted((ROOT / "deploy/containers").iterdir()),
     *sorted((ROOT / "deploy/prometheus").iterdir()),
     ROOT / "deploy/compose.yml",
-    *sorted(path for path in ROOT.rglob("*.md") if not any(part.startswith(".") for part in path.parts)),
+    *sorted(ROOT.glob("*.md")),
+    *sorted(
+        path for room in ("protos", "coordinator", "client_agent", "deploy") for path in (ROOT / room).rglob("*.md")
+    ),
 ]
 
 

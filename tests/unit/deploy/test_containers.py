@@ -81,6 +81,14 @@ def test_the_build_context_holds_what_the_install_needs_and_no_tests() -> None:
     assert all((ROOT / name).exists() for name in kept)
 
 
+def test_every_declared_dependency_has_its_tested_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = sum(project["optional-dependencies"].values(), start=list(project["dependencies"]))
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
+    names = {re.split(r"[<>=]", requirement)[0] for requirement in declared}
+    assert {name.lower().replace("-", "_") for name in names} <= {name.lower().replace("-", "_") for name in pinned}
+
+
 COMPOSE = ROOT / "deploy/compose.yml"
 
 
@@ -98,6 +106,11 @@ def test_compose_follows_the_specification() -> None:
 def test_compose_has_a_coordinator_and_two_sites(compose: dict[str, dict]) -> None:
     assert set(compose["services"]) == {"coordinator", "site-a", "site-b"}
     assert "version" not in compose
+
+
+def test_compose_names_the_images_of_this_version(compose: dict[str, dict]) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert all(service["image"].endswith(f":{version}") for service in compose["services"].values())
 
 
 def test_every_service_is_small_in_rights_and_checked(compose: dict[str, dict]) -> None:

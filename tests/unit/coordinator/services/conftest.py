@@ -221,12 +221,19 @@ class Federation:
         response = await self.operator().operator("SubmitJob", operator_pb2.SubmitJobRequest(spec_json=recipe(**changes)))
         return response.job_id
 
-    async def job_with_version_0(self, site: Peer, *, content: bytes, **changes: Any) -> agent_pb2.Task:
-        """Submits a job, makes `content` its version 0, and leases the site's first training task."""
+    async def job_with_version_0(
+        self, site: Peer, *, content: bytes, others: tuple[str, ...] = (), **changes: Any
+    ) -> agent_pb2.Task:
+        """Submits a job, makes `content` its version 0, and leases the site's first training task.
+
+        `others` come into the first round's cohort too.
+        """
         await self.submit(**changes)
         task = await site.lease()
         assert task.kind == agent_pb2.TASK_KIND_INIT
         blob = await site.upload(task, content)
+        for name in others:
+            self.store.sites.see(name, agent={}, now_unix_seconds=time.time())
         done = await site.finish(task, manifest=manifest(blob))
         assert done.fate == agent_pb2.FATE_ACCEPTED, done.reason
         task = await site.lease()

@@ -1,0 +1,154 @@
+"""Local training: from a version of the global model to an update, in one sitting.
+
+Everything random follows from one seed: the order of the rows from a generator of its own, dropout from torch's. The
+optimizer is new each time. So the same version, rows and seed give the same update bit for bit, in a process that
+has worked for weeks as in one that has just begun; and what is written is exactly what was trained, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from client_agent.training.classification import TextClassification, Tokens
+from client_agent.training.model import Model
+from protos.errors import InvalidInput, OutOfSpace
+from protos.jobspec import Local
+
+# done, total, metrics; called after each step, and once before the first with done = 0. It may raise, to stop.
+OnStep = Callable[[int, int, dict[str, float]], None]
+
+
+def prepare(*, device: torch.device, threads: int) -> None:
+    """The process-wide switches that decide how numbers are computed; `threads` 0 means all cores."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or available)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Costs time to guard against reading memory that was never written, which no layer here does.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def step_count(local: Local, *, rows: int) -> int:
+    """Optimizer steps in one round; a last batch may be short."""
+    return local.steps or max(1, math.ceil((local.epochs or 0) * math.ceil(rows / local.batch_size)))
+
+
+def train(
+    model: Model,
+    *,
+    tokens: Tokens,
+    task: TextClassification,
+    local: Local,
+    steps: int,
+    learning_rate_at: Callable[[int], float],
+    seed: int,
+    on_step: OnStep,
+) -> float:
+    """Trains `model` in place for `steps` steps; returns the mean loss over the last epoch (or all, when shorter).
+
+    `learning_rate_at` takes the step, from 0. InvalidInput when the loss is no longer finite; OutOfSpace when not even
+    one row fits into the device's memory.
+    """
+    torch.manual_seed(seed)
+    model.network.train()
+    optimizer = make_optimizer(model, local=local, learning_rate=learning_rate_at(0))
+    order = batches(len(tokens), batch_size=local.batch_size, seed=seed)
+    micro_batch_size = local.micro_batch_size or local.batch_size
+    losses: list[float] = []
+    on_step(0, steps, {})
+    for step in range(steps):
+        learning_rate = learning_rate_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss, micro_batch_size = _gradients(
+            model, rows=next(order), tokens=tokens, task=task, local=local, micro_batch_size=micro_batch_size
+        )
+        if not math.isfinite(loss):
+            raise diverged(f"the loss became {loss} in step {step + 1} of {steps}")
+        if local.max_gradient_norm:
+            nn.utils.clip_grad_norm_(model.trainable, local.max_gradient_norm)
+        optimizer.step()
+        losses.append(loss)
+        on_step(step + 1, steps, {"loss": loss, "learning_rate": learning_rate})
+    model.network.zero_grad(set_to_none=True)
+    last_epoch = losses[-math.ceil(len(tokens) / local.batch_size) :]
+    return sum(last_epoch) / len(last_epoch)
+
+
+def batches(rows: int, *, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Row numbers of one batch after the other, without end: each epoch is a new permutation of all rows."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(rows, generator=generator).split(batch_size)
+
+
+def make_optimizer(model: Model, *, local: Local, learning_rate: float) -> torch.optim.Optimizer:
+    """SGD or AdamW over what is trainable; biases and norms (fewer than two axes) do not decay."""
+    groups = [
+        {"params": [p for p in model.trainable if p.ndim >= 2], "weight_decay": local.weight_decay},
+        {"params": [p for p in model.trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fused = model.device.type in {"cpu", "cuda"}
+    if local.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=local.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+
+
+def autocast(local: Local, *, device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU unless the recipe says float32; parameters stay float32 everywhere."""
+    enabled = device.type == "cuda" and local.precision != "float32"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def diverged(what: str) -> InvalidInput:
+    return InvalidInput(
+        f"The training diverged: {what}.", hint="Lower learning_rate, or set max_gradient_norm, under [local]."
+    )
+
+
+def out_of_memory(batch_rows: int) -> OutOfSpace:
+    return OutOfSpace(
+        f"The device's memory is too small even for {batch_rows} row{'s' * (batch_rows > 1)} at a time.",
+        hint="Lower max_length, choose a smaller base model or LoRA, or free the GPU of other work.",
+    )
+
+
+def _gradients(
+    model: Model, *, rows: Tensor, tokens: Tokens, task: TextClassification, local: Local, micro_batch_size: int
+) -> tuple[float, int]:
+    """The batch's mean loss, its gradients left in the parameters, and the micro-batch size that fitted."""
+    while True:
+        model.network.zero_grad(set_to_none=True)
+        try:
+            parts = rows.split(micro_batch_size)
+            return _accumulate(model, parts=parts, tokens=tokens, task=task, local=local), micro_batch_size
+        except torch.OutOfMemoryError:
+            if micro_batch_size == 1:
+                raise out_of_memory(1) from None
+        # Here, where the failed attempt's frames no longer hold its tensors.
+        micro_batch_size = min(micro_batch_size, len(rows)) // 2 or 1
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _accumulate(
+    model: Model, *, parts: Sequence[Tensor], tokens: Tokens, task: TextClassification, local: Local
+) -> float:
+    rows = sum(len(part) for part in parts)
+    total = torch.zeros((), device=model.device)
+    for part in parts:
+        inputs, labels = tokens.batch(part, device=model.device)
+        with autocast(local, device=model.device):
+            logits = model.network(**inputs).logits
+        # Each part weighs by its rows, so the sum of the gradients is that of the whole batch's mean.
+        loss = task.loss_sum(logits, labels) / rows
+        loss.backward()
+        total += loss.detach()
+    return float(total)

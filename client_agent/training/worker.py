@@ -1,0 +1,125 @@
+"""The trainer process: `python -m client_agent.training.worker`, started by the daemon and kept warm between tasks.
+
+It speaks the protocol of client_agent/taskdir.py. Libraries print as they like, so standard output is kept aside for
+events before any of them is imported, and whatever else is written to it goes to standard error, the site's own log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from client_agent.taskdir import read_spec, write_result
+from client_agent.training.data import without_content
+from protos.errors import SilotuneError
+
+PROGRESS_SECONDS = 0.25
+
+
+class Cancelled(Exception):
+    """The daemon wants no more of this task."""
+
+
+class Control:
+    """The daemon's commands, read by a thread, and the events for it."""
+
+    def __init__(self, *, commands: TextIO, events: TextIO) -> None:
+        self._commands = commands
+        self._events = events
+        self._runs: queue.Queue[tuple[Path, threading.Event] | None] = queue.Queue()
+        # Belongs to the latest run, so that a cancel that comes too late does not hit the next one.
+        self._cancelled = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._commands:
+            command = json.loads(line)
+            if "run" in command:
+                self._cancelled = threading.Event()
+                self._runs.put((Path(command["run"]), self._cancelled))
+            elif command.get("cancel"):
+                self._cancelled.set()
+        self._cancelled.set()
+        self._runs.put(None)
+
+    def runs(self) -> Iterator[tuple[Path, threading.Event]]:
+        while (run := self._runs.get()) is not None:
+            yield run
+
+    def say(self, event: str, **fields: object) -> None:
+        self._events.write(json.dumps({"event": event, **fields}) + "\n")
+        self._events.flush()
+
+
+class Progress:
+    """Progress events, at most four a second, the first and the last of each stage always; ends a cancelled task."""
+
+    def __init__(self, *, control: Control, cancelled: threading.Event) -> None:
+        self._control = control
+        self._cancelled = cancelled
+        self._stage = ""
+        self._said = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, unit: str, metrics: dict[str, float]) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled
+        now = time.monotonic()
+        if stage != self._stage or done in (1, total) or now - self._said >= PROGRESS_SECONDS:
+            self._control.say("progress", stage=stage, done=done, total=total, unit=unit, metrics=metrics)
+            self._stage, self._said = stage, now
+
+
+def main() -> None:
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    control = Control(commands=sys.stdin, events=events)
+    # Not before standard output is safe; and the daemon's first command need not wait for it.
+    import torch
+    import transformers
+
+    from client_agent.training.tasks import Warm, Work
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warm = Warm()
+    for directory, cancelled in control.runs():
+        began = time.monotonic()
+        try:
+            report = Progress(control=control, cancelled=cancelled)
+            work = Work(read_spec(directory), directory, warm, report, began)
+            write_result(directory, work.run())
+        except Cancelled:
+            control.say("cancelled")
+        except SilotuneError as error:
+            print(error, file=sys.stderr)
+            control.say("failed", reason=without_content(error), hint=error.hint)
+        except torch.OutOfMemoryError:
+            warm.clear()
+            control.say(
+                "failed",
+                reason="The GPU's memory is too small for the model.",
+                hint="Choose a smaller base model or LoRA, or free the GPU of other work.",
+            )
+        except OSError as error:
+            traceback.print_exc()
+            control.say("failed", reason=f"The trainer could not use its disk: {error.strerror}.", hint="")
+        except Exception as error:
+            # Its text may quote a sample, so only the kind leaves the site. What is warm may be half changed.
+            traceback.print_exc()
+            warm.clear()
+            reason = f"The trainer met an unexpected {type(error).__name__}."
+            control.say("failed", reason=reason, hint="The trainer's log at the site has the details.")
+        else:
+            control.say("done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from client_agent.checks import Finding, all_findings
+from client_agent.home import Home
+from client_agent.models import Models
+from tests.unit.client_agent.work_to_do import model_bytes
+
+SITE = """
+[data.answers]
+path = "answers.csv"
+validation = 0.5
+
+[policy]
+base_models = ["minilm"]
+data_sets = ["answers"]
+methods = ["full"]
+"""
+
+
+async def findings(home: Home) -> dict[str, Finding]:
+    found = await asyncio.to_thread(lambda: list(all_findings(home)))
+    return {finding.subject: finding for finding in found}
+
+
+def prepare(home: Home, *, rows: str | None = None) -> Path:
+    """A site in order, apart from what the test changes."""
+    home.site_file.write_text(SITE)
+    written = rows or "text,label\n" + "".join(f"text {number},{'ab'[number % 2]}\n" for number in range(40))
+    (home.path / "answers.csv").write_text(written)
+    directory = home.path / "minilm"
+    directory.mkdir()
+    (directory / "model.safetensors").write_bytes(model_bytes())
+    (directory / "config.json").write_text("{}")
+    Models(home.models_file).add("minilm", directory)
+    return directory
+
+
+async def test_a_site_in_order_has_no_fault(home: Home) -> None:
+    prepare(home)
+    found = await findings(home)
+    assert [finding for finding in found.values() if not finding.ok] == []
+    assert "this is st-olav (site), valid until" in found["certificate"].sentence
+    assert "2 labels: " in found["data answers, train"].sentence
+    assert "base models: minilm" in found["policy"].sentence
+
+
+async def test_a_fault_in_the_data_names_the_row(home: Home) -> None:
+    prepare(home, rows="text,label\nfever,a\ncough\n")
+    found = await findings(home)
+    assert not found["data answers, train"].ok
+    assert "row 2" in found["data answers, train"].sentence
+
+
+async def test_a_changed_base_model_is_a_fault(home: Home) -> None:
+    directory = prepare(home)
+    (directory / "config.json").write_text('{"hidden_size": 3}')
+    found = await findings(home)
+    assert "its files changed" in found["base model minilm"].sentence
+
+
+async def test_a_name_in_the_policy_that_stands_for_nothing_is_a_fault(home: Home) -> None:
+    prepare(home)
+    home.site_file.write_text(SITE.replace('data_sets = ["answers"]', 'data_sets = ["anwsers"]'))
+    found = await findings(home)
+    assert found["policy"] == Finding("policy", False, "data_sets names 'anwsers', which this site does not have")
+
+
+async def test_no_policy_is_a_fault_in_words(home: Home) -> None:
+    home.site_file.write_text("")
+    found = await findings(home)
+    assert found["policy"] == Finding("policy", False, "no [policy] in site.toml: nothing will run here")
+
+
+async def test_a_mistake_in_site_toml_is_told_and_the_rest_is_still_looked_at(home: Home) -> None:
+    home.site_file.write_text("[polcy]\n")
+    found = await findings(home)
+    assert "polcy" in found["site.toml"].sentence
+    assert found["network"].ok
+
+
+async def test_an_agent_that_is_not_enrolled_is_a_fault(tmp_path: Path) -> None:
+    home = Home(tmp_path / "new")
+    home.create()
+    found = await findings(home)
+    assert "not enrolled" in found["identity"].sentence
+    assert "does not exist" in found["site.toml"].sentence

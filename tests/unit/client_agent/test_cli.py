@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from client_agent import cli, first_site_file, settings
+from client_agent.home import Home
+from client_agent.policy import Approvals
+from tests.unit.client_agent.coordinator_in_memory import Coordinator, changed_token
+from tests.unit.client_agent.work_to_do import model_bytes, spec
+
+
+def invoke(*arguments: str, home: Path | Home) -> Result:
+    place = home.path if isinstance(home, Home) else home
+    return CliRunner().invoke(cli.main, [*arguments, "--home", str(place)])
+
+
+async def invoke_beside(*arguments: str, home: Path | Home) -> Result:
+    """The same, while the test's own coordinator answers."""
+    return await asyncio.to_thread(invoke, *arguments, home=home)
+
+
+def facts(result: Result) -> Any:
+    answer = json.loads(result.stdout)
+    assert answer["schema_version"] == "1"
+    assert answer["exit_code"] == result.exit_code
+    return answer["data"]
+
+
+def token(coordinator: Coordinator, **changes: str) -> str:
+    made = coordinator.authority.token("st-olav", address=coordinator.enrollment_address)
+    return changed_token(made, **changes).encode()
+
+
+async def test_enroll_says_what_to_do_next_and_writes_a_site_file_that_allows_nothing(
+    tmp_path: Path, coordinator: Coordinator
+) -> None:
+    result = await invoke_beside(
+        "enroll", "--coordinator", coordinator.address, "--token", token(coordinator), home=tmp_path
+    )
+    assert result.exit_code == 0, result.output
+    assert "Enrolled as st-olav" in result.output
+    for step in ("site.toml", "silotune-agent model add", "silotune-agent check", "silotune-agent run"):
+        assert step in result.output
+    site = settings.load(tmp_path / "site.toml")
+    assert site.policy is None
+    assert site.data == {}
+
+
+def test_the_examples_in_the_first_site_file_are_valid(tmp_path: Path) -> None:
+    lines = [line.removeprefix("# ").removeprefix("# ") for line in first_site_file.TEXT.splitlines()]
+    (tmp_path / "site.toml").write_text("\n".join(line for line in lines if re.match(r"\[|\w+ = ", line)))
+    site = settings.load(tmp_path / "site.toml")
+    assert site.policy is not None
+    assert site.data["answers"].labels == {"T": "treatment"}
+
+
+async def test_enrolling_twice_is_a_conflict_and_leaves_the_site_file_alone(
+    home: Home, coordinator: Coordinator
+) -> None:
+    before = home.site_file.read_text()
+    arguments = ("enroll", "--coordinator", coordinator.address, "--token", token(coordinator), "--format", "json")
+    result = await invoke_beside(*arguments, home=home)
+    assert result.exit_code == 5
+    assert facts(result)["error"] == "AlreadyExists"
+    assert home.site_file.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"), [({"secret": "guess"}, 6), ({"enrollment_address": "127.0.0.1:1"}, 7), ({"name": "../x"}, 3)]
+)
+async def test_each_failure_of_enrollment_has_its_exit_code(
+    tmp_path: Path, coordinator: Coordinator, changes: dict[str, str], code: int
+) -> None:
+    text = token(coordinator, **changes)
+    result = await invoke_beside("enroll", "--coordinator", coordinator.address, "--token", text, home=tmp_path)
+    assert result.exit_code == code, result.output
+
+
+def test_half_a_token_and_a_bad_address_are_told_apart(tmp_path: Path) -> None:
+    result = invoke("enroll", "--coordinator", "localhost:9443", "--token", "silo1.abc", home=tmp_path)
+    assert (result.exit_code, "not a join token" in result.output) == (3, True)
+    result = invoke("enroll", "--coordinator", "localhost", "--token", "silo1.abc", home=tmp_path)
+    assert (result.exit_code, "HOST:PORT" in result.output) == (2, True)
+
+
+async def test_check_prints_a_line_for_each_finding_and_fails_on_a_fault(home: Home) -> None:
+    result = await invoke_beside("check", home=home)
+    assert result.exit_code == 0, result.output
+    assert "ok    network:" in result.output
+    home.site_file.write_text("")
+    result = await invoke_beside("check", "--format", "json", home=home)
+    assert result.exit_code == 1
+    assert {"subject": "policy", "ok": False, "sentence": "no [policy] in site.toml: nothing will run here"} in facts(
+        result
+    )["findings"]
+
+
+async def test_status_tells_who_this_is_and_that_nothing_runs(home: Home) -> None:
+    result = invoke("status", "--format", "json", home=home)
+    assert (result.exit_code, facts(result)["name"], facts(result)["running"]) == (0, "st-olav", False)
+    assert "st-olav" in invoke("status", home=home).output
+
+
+def test_status_of_an_agent_that_is_not_enrolled_is_unauthenticated(tmp_path: Path) -> None:
+    result = invoke("status", home=tmp_path)
+    assert result.exit_code == 6
+    assert "silotune-agent enroll" in result.output
+
+
+def test_models_are_added_and_listed(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    result = invoke("model", "add", "minilm", "--path", str(directory), home=tmp_path / "home")
+    assert result.exit_code == 3
+    assert "holds no .safetensors weights" in result.output
+    (directory / "model.safetensors").write_bytes(model_bytes())
+    added = facts(
+        invoke("model", "add", "minilm", "--path", str(directory), "--format", "json", home=tmp_path / "home")
+    )
+    listed = facts(invoke("model", "list", "--format", "json", home=tmp_path / "home"))
+    assert listed == {"models": [added]}
+    assert "minilm" in invoke("model", "list", home=tmp_path / "home").output
+
+
+def test_a_model_comes_from_one_place(tmp_path: Path) -> None:
+    assert invoke("model", "add", "minilm", home=tmp_path).exit_code == 2
+    assert invoke("model", "add", "minilm", "--path", "x", "--hub", "y", home=tmp_path).exit_code == 2
+
+
+def test_approvals_are_listed_shown_and_settled(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.create()
+    Approvals(home.approvals).ask(spec().canonical_json, spec_hash=spec().hash, job_name="questions")
+    listed = facts(invoke("approvals", "--format", "json", home=home))["approvals"]
+    assert [(entry["job_name"], entry["verdict"]) for entry in listed] == [("questions", "waiting")]
+    assert listed[0]["spec"] == json.loads(spec().canonical_json)
+    assert '"payload_mb"' in invoke("approvals", "--show", spec().hash[:12], home=home).output
+    assert invoke("approve", spec().hash[:12], home=home).exit_code == 0
+    assert Approvals(home.approvals).verdict(spec().hash) == "approved"
+    assert invoke("deny", spec().hash[:12], home=home).exit_code == 0
+    assert Approvals(home.approvals).verdict(spec().hash) == "denied"
+    assert invoke("approve", "0123456789", home=home).exit_code == 4
+
+
+def test_run_refuses_beside_another_agent_and_before_enrollment(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.create()
+    with home.locked():
+        assert invoke("run", home=home).exit_code == 5
+    home.site_file.write_text("")
+    assert invoke("run", home=home).exit_code == 6
+
+
+def test_every_command_teaches(tmp_path: Path) -> None:
+    for name, command in cli.main.commands.items():
+        assert command.help, name
+    result = CliRunner().invoke(cli.main, ["--help"])
+    assert "The first day, in this order" in result.output
+    assert "silo1." in CliRunner().invoke(cli.main, ["enroll", "--help"]).output

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from client_agent.journal import Journal, Work, work_of
+from client_agent.taskdir import FILES, UPDATE, TaskResult, write_result
+from protos.digests import digest_of
+from tests.unit.client_agent.work_to_do import task
+
+WORK = work_of(task())
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path)
+
+
+def finish(journal: Journal, work: Work, content: bytes = b"tensors") -> None:
+    """What a trainer leaves."""
+    (journal.path(work) / UPDATE).write_bytes(content)
+    write_result(journal.path(work), TaskResult(examples=5))
+
+
+def test_new_work_has_no_result(journal: Journal) -> None:
+    assert journal.adopt(journal.open(WORK, generation=1)) is None
+
+
+def test_a_result_is_adopted_by_the_next_grant_of_the_same_work(journal: Journal) -> None:
+    journal.open(WORK, generation=1)
+    finish(journal, WORK)
+    entry, result = journal.adopt(journal.open(WORK, generation=2))
+    assert (entry.generation, result.examples) == (2, 5)
+    assert [(blob.file, blob.digest) for blob in entry.blobs] == [(UPDATE, digest_of(b"tensors"))]
+    again, _ = journal.adopt(journal.open(WORK, generation=3))
+    assert again.blobs == entry.blobs
+
+
+@pytest.mark.parametrize("change", ["spec_hash", "base_digest", "model_digest"])
+def test_other_work_in_the_same_round_does_not_adopt_it(journal: Journal, change: str) -> None:
+    journal.open(WORK, generation=1)
+    finish(journal, WORK)
+    other = replace(WORK, **{change: "f" * 64})
+    assert journal.adopt(journal.open(other, generation=2)) is None
+
+
+def test_a_result_that_the_disk_has_damaged_is_trained_again(journal: Journal) -> None:
+    journal.open(WORK, generation=1)
+    finish(journal, WORK)
+    journal.adopt(journal.open(WORK, generation=1))
+    (journal.path(WORK) / UPDATE).write_bytes(b"tensorz")
+    assert journal.adopt(journal.open(WORK, generation=2)) is None
+
+
+def test_a_trainer_that_runs_again_leaves_no_old_result_behind(journal: Journal) -> None:
+    entry = journal.open(WORK, generation=1)
+    finish(journal, WORK)
+    assert journal.adopt(journal.restart(entry)) is None
+
+
+def test_the_files_of_a_version_are_sealed_beside_its_tensors(journal: Journal) -> None:
+    work = work_of(task("init", round=0))
+    entry = journal.open(work, generation=1)
+    (journal.path(work) / FILES).mkdir()
+    (journal.path(work) / FILES / "config.json").write_bytes(b"{}")
+    finish(journal, work)
+    entry, _ = journal.adopt(entry)
+    assert [blob.file for blob in entry.blobs] == [UPDATE, "files/config.json"]
+
+
+def test_evaluations_of_two_versions_do_not_share_a_directory(journal: Journal) -> None:
+    first = work_of(task("evaluate", version=1, split="validation"))
+    assert first.directory_name == "j1-1-evaluate-1-validation"
+    assert first.directory_name != replace(first, version=2).directory_name != WORK.directory_name
+
+
+def test_pruning_spares_what_is_in_hand_and_the_newest_few(journal: Journal, tmp_path: Path) -> None:
+    works = [work_of(task(round=number)) for number in range(1, 8)]
+    for age, work in enumerate(works):
+        path = journal.path(work)
+        journal.open(work, generation=1)
+        os.utime(path, (10_000 - age, 10_000 - age))
+    journal.prune(held=[works[6]], now_unix_seconds=10_000)
+    assert [journal.path(work).exists() for work in works] == [True, True, True, True, False, False, True]
+    journal.prune(held=[], now_unix_seconds=10_000 + 8 * 86_400)
+    assert list(tmp_path.iterdir()) == []

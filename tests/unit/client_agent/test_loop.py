@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from client_agent import settings, stages
+from client_agent.home import Home
+from client_agent.main import Agent, compose
+from client_agent.policy import Approvals
+from protos.v1 import agent_pb2
+from tests.unit.client_agent.coordinator_in_memory import Coordinator
+from tests.unit.client_agent.work_to_do import model_bytes, spec, task
+
+MODEL = model_bytes()
+
+
+@asynccontextmanager
+async def running(home: Home) -> AsyncIterator[Agent]:
+    agent = compose(home, settings.load(home.site_file), gpu="", rows={})
+    working = asyncio.create_task(agent.daemon.run())
+    try:
+        yield agent
+    finally:
+        agent.runner.cancel_seconds = 1
+        working.cancel()
+        await asyncio.wait({working})
+        await agent.runner.close()
+        await agent.session.close()
+
+
+async def finish_of(coordinator: Coordinator, number: int = 0) -> agent_pb2.FinishTaskRequest:
+    await coordinator.until(lambda: len(coordinator.finished) > number)
+    return coordinator.finished[number]
+
+
+def stages_seen(coordinator: Coordinator) -> set[int]:
+    return {beat.progress.stage for beat in coordinator.beats}
+
+
+async def test_version_0_is_built_and_handed_in(home: Home, coordinator: Coordinator) -> None:
+    coordinator.add_task(task("init", round=0))
+    async with running(home):
+        finish = await finish_of(coordinator)
+    blob = finish.succeeded.manifest.blob
+    assert len(coordinator.sealed[blob.digest]) == blob.size
+    assert finish.succeeded.manifest.base_version == 0
+
+
+async def test_a_model_is_fetched_trained_and_handed_in(home: Home, coordinator: Coordinator) -> None:
+    coordinator.add_task(task(round=3), model=MODEL)
+    async with running(home) as agent:
+        finish = await finish_of(coordinator)
+        await coordinator.until(lambda: agent.daemon.not_ready() == "")
+    done = finish.succeeded
+    assert coordinator.sealed[done.manifest.blob.digest] != MODEL
+    assert (done.manifest.base_version, done.examples, done.steps) == (2, 107, 4)
+    assert {"fetch", "train", "save", "upload", "first_step"} <= set(done.seconds)
+    assert not list(home.tasks.iterdir())
+    metrics = agent.metrics.registry
+    assert metrics.get_sample_value("silotune_transfer_bytes_total", {"direction": "down"}) == len(MODEL)
+    finished = {"kind": "train", "outcome": "succeeded"}
+    assert metrics.get_sample_value("silotune_tasks_finished_total", finished) == 1
+
+
+async def test_an_evaluation_sends_numbers_and_no_bytes(home: Home, coordinator: Coordinator) -> None:
+    coordinator.add_task(task("evaluate", split="validation"), model=MODEL)
+    async with running(home):
+        finish = await finish_of(coordinator)
+    assert dict(finish.succeeded.metrics) == {"accuracy": 0.8, "loss": 0.25}
+    assert not finish.succeeded.HasField("manifest")
+    assert coordinator.bytes_written == 0
+
+
+async def test_without_a_policy_every_task_is_declined_and_the_reason_told(
+    home: Home, coordinator: Coordinator
+) -> None:
+    home.site_file.write_text("")
+    coordinator.add_task(task(), model=MODEL)
+    async with running(home) as agent:
+        finish = await finish_of(coordinator)
+        assert "no [policy]" in agent.daemon.not_ready()
+    assert "no [policy]" in finish.declined.reason
+    assert coordinator.reads == []
+
+
+async def test_a_base_model_that_the_site_does_not_hold_is_declined(home: Home, coordinator: Coordinator) -> None:
+    job = spec(
+        task={"type": "classification", "labels": ["a", "b"]}, data={"name": "answers"}, base_model={"name": "minilm"}
+    )
+    coordinator.add_task(task(job=job), model=MODEL)
+    async with running(home):
+        finish = await finish_of(coordinator)
+    assert "holds no base model named 'minilm'" in finish.declined.reason
+
+
+async def test_a_kind_of_task_from_a_newer_coordinator_is_declined(home: Home, coordinator: Coordinator) -> None:
+    coordinator.add_task(task(kind="train", **{"id": "new"}))
+    coordinator.tasks[0].kind = 77
+    async with running(home):
+        finish = await finish_of(coordinator)
+    assert "too old for this kind of task" in finish.declined.reason
+
+
+async def test_a_trainers_failure_is_reported_once_with_its_reason(home: Home, coordinator: Coordinator) -> None:
+    coordinator.add_task(task(), model=b"not a tensor file" * 100)
+    async with running(home):
+        finish = await finish_of(coordinator)
+        await coordinator.until(lambda: not list(home.tasks.iterdir()))
+    assert "header" in finish.failed.reason
+    assert len(coordinator.finished) == 1
+
+
+async def test_a_job_waits_for_approval_and_other_jobs_run_meanwhile(home: Home, coordinator: Coordinator) -> None:
+    home.site_file.write_text('[policy]\ntasks = ["*"]\napproval = "ask"\n')
+    approvals = Approvals(home.approvals)
+    asked, known = spec(name="asked"), spec(name="known")
+    for job in (asked, known):
+        coordinator.add_task(task(job=job, id=job.name, job_id=job.name), model=MODEL)
+    approvals.ask(known.canonical_json, spec_hash=known.hash, job_name="known")
+    approvals.settle(known.hash, approved=True)
+    async with running(home):
+        assert (await finish_of(coordinator)).task_id == "known"
+        assert agent_pb2.STAGE_APPROVING in {
+            beat.progress.stage for beat in coordinator.beats if beat.task_id == "asked"
+        }
+        approvals.settle(asked.hash, approved=True)
+        finish = await finish_of(coordinator, 1)
+    assert (finish.task_id, finish.WhichOneof("outcome")) == ("asked", "succeeded")
+
+
+async def test_a_denied_job_is_declined(home: Home, coordinator: Coordinator) -> None:
+    home.site_file.write_text('[policy]\ntasks = ["*"]\napproval = "ask"\n')
+    approvals = Approvals(home.approvals)
+    approvals.ask(spec().canonical_json, spec_hash=spec().hash, job_name="job")
+    approvals.settle(spec().hash, approved=False)
+    coordinator.add_task(task(), model=MODEL)
+    async with running(home):
+        finish = await finish_of(coordinator)
+    assert "administrator denied" in finish.declined.reason
+
+
+async def test_the_coordinator_stops_work_that_it_does_not_want_any_more(home: Home, coordinator: Coordinator) -> None:
+    coordinator.add_task(task(job=spec(train_seconds=600)), model=MODEL)
+    async with running(home) as agent:
+        await coordinator.until(lambda: agent_pb2.STAGE_TRAINING in stages_seen(coordinator))
+        coordinator.stop_reason = "round 1 closed"
+        coordinator.tasks = []
+        await coordinator.until(lambda: not agent.daemon._held)
+        assert agent.runner.pid is not None
+    assert coordinator.finished == []
+
+
+async def test_a_fenced_lease_is_asked_for_again_and_the_work_goes_on(home: Home, coordinator: Coordinator) -> None:
+    coordinator.add_task(task(job=spec(train_seconds=2)), model=MODEL)
+    async with running(home):
+        await coordinator.until(lambda: agent_pb2.STAGE_TRAINING in stages_seen(coordinator))
+        coordinator.fenced = True
+        finish = await finish_of(coordinator)
+    assert finish.generation == 2
+    assert len(coordinator.reads) == 1
+    trained = [beat.progress.done for beat in coordinator.beats if beat.progress.stage == agent_pb2.STAGE_TRAINING]
+    assert trained == sorted(trained)
+
+
+async def test_a_finished_result_survives_the_agent_and_is_handed_in_by_the_next(
+    home: Home, coordinator: Coordinator
+) -> None:
+    coordinator.add_task(task(job=spec(train_seconds=1)), model=MODEL)
+    journal = home.tasks / "j1-1-train" / "journal.json"
+    async with running(home):
+        await coordinator.until(lambda: agent_pb2.STAGE_TRAINING in stages_seen(coordinator))
+        coordinator.down = True
+        await coordinator.until(lambda: json.loads(journal.read_text())["blobs"])
+    coordinator.down = False
+    async with running(home) as agent:
+        finish = await finish_of(coordinator)
+        assert agent.runner.pid is None, "it was not trained again"
+    assert finish.HasField("succeeded")
+    assert finish.generation == 2
+    assert len(coordinator.reads) == 1
+
+
+async def test_an_outage_in_mid_work_loses_nothing(home: Home, coordinator: Coordinator) -> None:
+    coordinator.add_task(task(job=spec(train_seconds=1)), model=MODEL)
+    coordinator.cut_read_at = 0
+    async with running(home) as agent:
+        await coordinator.until(lambda: agent_pb2.STAGE_TRAINING in stages_seen(coordinator))
+        coordinator.down = True
+        await coordinator.until(lambda: "being restarted" in agent.daemon.not_ready())
+        coordinator.down = False
+        finish = await finish_of(coordinator)
+    assert finish.HasField("succeeded")
+
+
+def test_paths_do_not_leave_the_site(home: Home) -> None:
+    site = settings.SiteSettings(data={"answers": settings.DataSet(path="/srv/oncology/patients.csv")})
+    agent = compose(home, site, gpu="", rows={})
+    told = agent.daemon._stages.without_paths(f"/srv/oncology/patients.csv and {home.path}/x cannot be read")
+    assert told == "data set 'answers' and the agent's home/x cannot be read"
+
+
+def test_only_listed_finite_numbers_are_reported() -> None:
+    numbers = {"loss": 0.5, "accuracy": float("nan"), "patient_age": 52.0}
+    assert stages._reportable(numbers, allowed=stages.METRICS) == {"loss": 0.5}

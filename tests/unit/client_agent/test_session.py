@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from client_agent import identity, rpc
+from client_agent.home import Home
+from client_agent.session import Session, Waiting
+from protos.errors import NotFound, Unauthenticated, Unavailable
+from protos.v1 import agent_pb2
+from tests.unit.client_agent.coordinator_in_memory import Coordinator
+from tests.unit.client_agent.work_to_do import task
+
+
+async def test_work_is_leased_over_mutual_tls(home: Home, coordinator: Coordinator) -> None:
+    coordinator.add_task(task("init", round=0))
+    session = Session(home, waiting=Waiting())
+    answer = await session.lease(agent_pb2.AgentInfo(version="1"), holding=["a"], wait_seconds=0)
+    assert answer.task.id == "init-0"
+    assert answer.task.generation == 1
+    assert list(coordinator.asked[0].holding) == ["a"]
+    assert session.connected
+    await session.close()
+
+
+async def test_the_coordinators_own_error_arrives_as_the_same_class(home: Home, coordinator: Coordinator) -> None:
+    session = Session(home, waiting=Waiting())
+    with pytest.raises(NotFound, match="no such task"):
+        await session.heartbeat(agent_pb2.HeartbeatRequest(task_id="nobody"))
+    assert session.connected
+    await session.close()
+
+
+async def test_an_outage_is_waited_for_and_said_once(home: Home, coordinator: Coordinator) -> None:
+    waiting = Waiting()
+    session = Session(home, waiting=waiting)
+    coordinator.down = True
+    attempts = 0
+
+    async def attempt() -> agent_pb2.LeaseTaskResponse:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 3:
+            assert waiting.sentence == "The coordinator is being restarted. Trying again."
+            assert not session.connected
+            coordinator.down = False
+        return await session.lease(agent_pb2.AgentInfo(), holding=[], wait_seconds=0)
+
+    answer = await session.patiently(attempt)
+    assert attempts == 3
+    assert answer.sentence == "No job needs this site now."
+    assert waiting.sentence == ""
+    await session.close()
+
+
+async def test_an_unreachable_coordinator_is_explained_without_library_jargon(
+    home: Home, coordinator: Coordinator
+) -> None:
+    facts = (home.identity / "identity.json").read_text()
+    (home.identity / "identity.json").write_text(facts.replace(coordinator.address, "127.0.0.1:1"))
+    session = Session(home, waiting=Waiting())
+    with pytest.raises(Unavailable) as error:
+        await session.heartbeat(agent_pb2.HeartbeatRequest())
+    assert error.value.message == "The coordinator cannot be reached: nothing listens at its address."
+    await session.close()
+
+
+async def test_renewal_swaps_key_and_certificate_and_the_next_call_uses_them(
+    home: Home, coordinator: Coordinator
+) -> None:
+    session = Session(home, waiting=Waiting())
+    before = session.identity
+    await session.lease(agent_pb2.AgentInfo(), holding=[], wait_seconds=0)
+    after = await session.renew()
+    assert after.key != before.key
+    assert identity.load(home.identity) == after
+    await session.lease(agent_pb2.AgentInfo(), holding=[], wait_seconds=0)
+    await session.close()
+
+
+async def test_with_an_expired_certificate_nothing_is_dialled(home: Home, coordinator: Coordinator) -> None:
+    key = (home.identity / identity.KEY).read_bytes()
+    csr = identity.make_csr(key, name="st-olav")
+    expired = coordinator.authority.sign(csr, name="st-olav", days=1, age_days=3)
+    (home.identity / identity.CERTIFICATE).write_bytes(expired)
+    session = Session(home, waiting=Waiting())
+    with pytest.raises(Unauthenticated, match="expired"):
+        await session.lease(agent_pb2.AgentInfo(), holding=[], wait_seconds=0)
+    assert not coordinator.asked
+
+
+def test_pauses_grow_to_a_bound_and_are_never_zero() -> None:
+    pauses = list(itertools.islice(rpc.delays(), 20))
+    assert all(0 < pause <= rpc.LONGEST_DELAY_SECONDS for pause in pauses)
+    assert pauses[0] <= rpc.FIRST_DELAY_SECONDS < rpc.LONGEST_DELAY_SECONDS / 2 <= pauses[-1]

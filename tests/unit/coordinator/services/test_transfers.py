@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from coordinator.settings import Storage, Transfers
+from protos import errors, frames
+from protos.digests import digest_of
+from protos.frames import FRAME_BYTES
+from protos.identity import Identity, Role
+from protos.v1 import operator_pb2, transfer_pb2
+from protos.v1.manifest_pb2 import BlobRef
+from tests.unit.coordinator.services.conftest import manifest, tensor_file, upload_frames
+
+MODEL = tensor_file(fill=0.5, elements=700_000)  # 2.8 MB: three frames
+UPDATE = tensor_file(fill=0.25, elements=700_000)
+
+
+async def committed(site: Any, content: bytes) -> tuple[int, bool]:
+    blob = BlobRef(digest=digest_of(content), size=len(content))
+    status = await site.transfer("QueryWriteStatus", transfer_pb2.QueryWriteStatusRequest(blob=blob))
+    return status.committed_size, status.sealed
+
+
+async def test_a_model_is_read_whole_and_from_any_offset(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    for offset in (0, 1, FRAME_BYTES, FRAME_BYTES + 17, len(MODEL) - 1, len(MODEL)):
+        assert await site.read(task.model.digest, offset=offset) == MODEL[offset:]
+    with pytest.raises(errors.InvalidInput, match="beyond the end"):
+        await site.read(task.model.digest, offset=len(MODEL) + 1)
+
+
+async def test_one_model_is_framed_once_for_readers_that_come_together(start: Any):
+    federation = await start(transfers=Transfers(frame_cache_bytes=16 << 20))
+    sites = [federation.site(name) for name in ("a", "b", "c", "d")]
+    first = await federation.job_with_version_0(sites[0], content=MODEL, others=("b", "c", "d"))
+    await asyncio.gather(*(site.lease() for site in sites[1:]))
+    read = await asyncio.gather(*(site.read(first.model.digest) for site in sites))
+    assert set(read) == {MODEL}
+
+
+async def test_what_no_live_task_of_the_caller_names_is_not_found_whether_it_exists_or_not(federation: Any):
+    site, other = federation.site("st-olav"), federation.site("other")
+    task = await federation.job_with_version_0(site, content=MODEL, cohort={"sites": ["st-olav"]})
+    update = await site.upload(task, UPDATE)
+    sentences = []
+    for digest in (task.model.digest, update.digest, digest_of(b"nowhere")):
+        with pytest.raises(errors.NotFound) as caught:
+            await other.read(digest)
+        sentences.append(caught.value.message.replace(digest[:16], "X"))
+        with pytest.raises(errors.NotFound):
+            await federation.operator().read(digest_of(b"nowhere"))
+    assert len(set(sentences)) == 1
+    with pytest.raises(errors.NotFound):
+        await site.read(update.digest)
+    wanted = transfer_pb2.FindMissingRequest(blobs=[update])
+    assert not (await site.transfer("FindMissing", wanted)).missing
+    assert list((await other.transfer("FindMissing", wanted)).missing) == [update]
+    assert await committed(other, UPDATE) == (0, False)
+
+
+async def test_the_operator_reads_models_and_not_updates(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    update = await site.upload(task, UPDATE)
+    operator = federation.operator()
+    assert await operator.read(task.model.digest) == MODEL
+    with pytest.raises(errors.NotFound):
+        await operator.read(update.digest)
+
+
+async def test_an_upload_that_was_cut_off_continues_at_the_committed_offset(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    cut = FRAME_BYTES + 1000
+    partial = await site.write(upload_frames(task, UPDATE, until=cut))
+    assert (partial.committed_size, partial.sealed) == (cut, False)
+    assert await committed(site, UPDATE) == (cut, False)
+    done = await site.write(upload_frames(task, UPDATE, offset=cut))
+    assert (done.committed_size, done.sealed) == (len(UPDATE), True)
+    assert await committed(site, UPDATE) == (len(UPDATE), True)
+    again = await site.write(upload_frames(task, UPDATE))
+    assert again.sealed
+
+
+async def test_an_upload_survives_a_restart_of_the_coordinator(start: Any):
+    before = await start()
+    site = before.site("st-olav")
+    task = await before.job_with_version_0(site, content=MODEL)
+    await site.write(upload_frames(task, UPDATE, until=2 * FRAME_BYTES))
+    before.stop.set()
+    await asyncio.sleep(0.3)
+    after = await start()
+    site = after.peer(Identity(Role.SITE, "st-olav"))
+    assert await committed(site, UPDATE) == (2 * FRAME_BYTES, False)
+    assert (await site.write(upload_frames(task, UPDATE, offset=2 * FRAME_BYTES))).sealed
+
+
+async def test_a_wrong_offset_names_the_right_one(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    await site.write(upload_frames(task, UPDATE, until=FRAME_BYTES))
+    for offset in (0, 2 * FRAME_BYTES):
+        with pytest.raises(errors.WrongOffset) as caught:
+            await site.write(upload_frames(task, UPDATE, offset=offset))
+        assert caught.value.committed_size == FRAME_BYTES
+
+
+async def test_a_damaged_frame_is_refused_and_the_offset_stays_before_it(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    messages = upload_frames(task, UPDATE)
+    messages[2] = messages[2][:-1] + bytes([messages[2][-1] ^ 1])
+    with pytest.raises(errors.CorruptData, match="checksum"):
+        await site.write(messages)
+    assert await committed(site, UPDATE) == (FRAME_BYTES, False)
+    assert (await site.write(upload_frames(task, UPDATE, offset=FRAME_BYTES))).sealed
+
+
+async def test_bytes_that_are_not_those_of_the_digest_are_never_sealed(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    liar = upload_frames(task, UPDATE)[:1] + upload_frames(task, bytes(len(UPDATE)))[1:]
+    with pytest.raises(errors.CorruptData, match="digest"):
+        await site.write(liar)
+    assert await committed(site, UPDATE) == (0, False)
+    longer = [*upload_frames(task, UPDATE), frames.encode(b"more", offset=len(UPDATE))]
+    with pytest.raises(errors.InvalidInput, match="announced"):
+        await site.write(longer)
+
+
+async def test_an_upload_needs_the_current_lease_of_its_own_task(federation: Any):
+    site, other = federation.site("st-olav"), federation.site("other")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    with pytest.raises(errors.NotFound):
+        await other.write(upload_frames(task, UPDATE))
+    newer = await site.lease()
+    assert newer.generation > task.generation
+    with pytest.raises(errors.LeaseFenced):
+        await site.write(upload_frames(task, UPDATE))
+    assert (await site.write(upload_frames(newer, UPDATE))).sealed
+
+
+async def test_an_open_upload_ends_when_its_lease_is_replaced(federation: Any, monkeypatch: Any):
+    monkeypatch.setattr("coordinator.services.transfers.LEASE_CHECK_FRAMES", 1)
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    call = site.channel.stream_unary("/silotune.v1.TransferService/Write")(timeout=20)
+    messages = upload_frames(task, UPDATE)
+    for message in messages[:2]:
+        await call.write(message)
+    await site.lease()
+    with pytest.raises(Exception):  # noqa: B017, PT011  whatever the stream raises first, its status is what counts
+        for message in messages[2:]:
+            await call.write(message)
+            await asyncio.sleep(0.1)
+        await call.done_writing()
+        await call
+    assert (await call.code()).name == "FAILED_PRECONDITION"
+
+
+async def test_an_open_upload_ends_when_its_site_is_revoked(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    call = site.channel.stream_unary("/silotune.v1.TransferService/Write")(timeout=20)
+    messages = upload_frames(task, UPDATE)
+    await call.write(messages[0])
+    await call.write(messages[1])
+    await federation.operator().operator("RevokeSite", operator_pb2.RevokeSiteRequest(name="st-olav"))
+    await asyncio.sleep(1.1)
+    await call.write(messages[2])
+    assert (await call.code()).name == "UNAUTHENTICATED"
+
+
+async def test_the_newer_of_two_writers_goes_on_and_nothing_is_mixed(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    messages = upload_frames(task, UPDATE)
+    stuck = site.channel.stream_unary("/silotune.v1.TransferService/Write")(timeout=20)
+    await stuck.write(messages[0])
+    await stuck.write(messages[1])
+    while (await committed(site, UPDATE))[0] < FRAME_BYTES:
+        await asyncio.sleep(0.02)
+    assert (await site.write(upload_frames(task, UPDATE, offset=FRAME_BYTES))).sealed
+    await stuck.write(messages[2])
+    await stuck.done_writing()
+    assert (await stuck.code()).name == "FAILED_PRECONDITION"
+
+
+async def test_the_disk_reserve_and_the_largest_size_are_kept(start: Any):
+    federation = await start(storage=Storage(reserve_bytes=0, max_blob_bytes=len(MODEL)))
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    with pytest.raises(errors.InvalidInput, match="most allowed"):
+        await site.write(upload_frames(task, UPDATE + b"x"))
+    federation.stop.set()
+    await asyncio.sleep(0.3)
+    full = await start(storage=Storage(reserve_bytes=1 << 62))
+    with pytest.raises(errors.OutOfSpace, match="no room"):
+        await full.peer(Identity(Role.SITE, "st-olav")).write(upload_frames(task, UPDATE))
+
+
+async def test_more_streams_than_turns_wait_and_are_all_served(start: Any):
+    federation = await start(transfers=Transfers(max_transfers=1))
+    sites = [federation.site(name) for name in ("a", "b", "c")]
+    tasks = [await federation.job_with_version_0(sites[0], content=MODEL, others=("b", "c"))]
+    tasks += [await site.lease() for site in sites[1:]]
+    contents = [tensor_file(fill=fill, elements=700_000) for fill in (1, 2, 3)]
+    uploads = [site.upload(task, content) for site, task, content in zip(sites, tasks, contents, strict=True)]
+    downloads = [site.read(task.model.digest) for site, task in zip(sites, tasks, strict=True)]
+    await asyncio.gather(*uploads, *downloads)
+
+
+async def test_a_silent_stream_gives_its_turn_back_and_keeps_its_bytes(start: Any, monkeypatch: Any):
+    monkeypatch.setattr("coordinator.services.transfers.STALL_SECONDS", 0.3)
+    federation = await start(transfers=Transfers(max_transfers=1))
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    silent = site.channel.stream_unary("/silotune.v1.TransferService/Write")(timeout=20)
+    for message in upload_frames(task, UPDATE)[:2]:
+        await silent.write(message)
+    assert (await silent.code()).name == "UNAVAILABLE"
+    assert await committed(site, UPDATE) == (FRAME_BYTES, False)
+    assert (await site.write(upload_frames(task, UPDATE, offset=FRAME_BYTES))).sealed
+
+
+async def test_bytes_are_counted_for_the_round(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    await site.read(task.model.digest)
+    update = await site.upload(task, UPDATE)
+    await site.finish(task, manifest=manifest(update), examples=1)
+    job = operator_pb2.GetJobRequest(job=task.job_id)
+    rounds = (await federation.operator().operator("GetJob", job)).rounds
+    assert [(one.number, one.bytes_down, one.bytes_up) for one in rounds] == [
+        (0, 0, len(MODEL)),
+        (1, len(MODEL), len(UPDATE)),
+    ]
+
+
+async def test_a_first_frame_without_a_target_is_refused(federation: Any):
+    site = federation.site("st-olav")
+    for messages in ([], [b"\xff"], [frames.encode(b"data", offset=0)], [frames.encode_target(transfer_pb2.UploadTarget())]):
+        with pytest.raises(errors.InvalidInput):
+            await site.write(messages)
