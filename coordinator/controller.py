@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,24 +140,29 @@ class Controller:
         if command.state is s.CommandState.QUEUED and key not in self._commands:
             task = asyncio.create_task(self._run_command(job_id, command, head))
             self._commands[key] = task
-            task.add_done_callback(lambda _: (self._commands.pop(key, None), self.wake()))
+            task.add_done_callback(lambda _: self._command_ended(key))
+
+    def _command_ended(self, key: tuple[str, int, int]) -> None:
+        self._commands.pop(key, None)
+        self.wake()
 
     async def _run_command(self, job_id: str, command: s.Command, head: int) -> None:
-        write = {"round_number": command.round, "generation": command.generation}
+        jobs = self.store.jobs
+        which: dict[str, Any] = {"round_number": command.round, "generation": command.generation}
         try:
             outcome = await self._aggregate(job_id, command, head)
         except Exception as error:
             log.exception("an aggregation failed", job=job_id, round=command.round)
-            await asyncio.to_thread(self.store.jobs.fail_command, job_id, error=str(error)[:500], **write)
-            return
-        if "corrupt_site" in outcome:
-            site = outcome["corrupt_site"]
-            log.error("a stored update is damaged", job=job_id, round=command.round, site=site)
-            await asyncio.to_thread(
-                self.store.jobs.fail_command, job_id, error="a stored update is damaged", corrupt_site=site, **write
-            )
-            return
-        await asyncio.to_thread(self.store.jobs.finish_command, job_id, **outcome, **write)
+            write = partial(jobs.fail_command, job_id, error=str(error)[:500], **which)
+        else:
+            site = outcome.get("corrupt_site", "")
+            if site:
+                log.error("a stored update is damaged", job=job_id, round=command.round, site=site)
+                damage = "a stored update is damaged"
+                write = partial(jobs.fail_command, job_id, error=damage, corrupt_site=site, **which)
+            else:
+                write = partial(jobs.finish_command, job_id, **outcome, **which)
+        await asyncio.to_thread(write)
 
     async def _aggregate(self, job_id: str, command: s.Command, head: int) -> dict[str, Any]:
         """Runs the worker process and seals what it wrote, before any row names it."""

@@ -100,7 +100,9 @@ class LocalFederation:
     def run(self, *words: str, timeout_seconds: float = 120) -> str:
         """Runs one command to its end and returns its standard output. CommandFailed otherwise."""
         self.on_command(" ".join(words))
-        done = subprocess.run(self._argv(words), capture_output=True, text=True, timeout=timeout_seconds, env=self._env())
+        done = subprocess.run(
+            self._argv(words), capture_output=True, text=True, timeout=timeout_seconds, env=self._env()
+        )
         if done.returncode != 0:
             raise CommandFailed(words, done.returncode, done.stderr + done.stdout)
         return done.stdout
@@ -177,9 +179,7 @@ class LocalFederation:
                 node.process.kill()
                 node.process.wait()
 
-    def wait_for(
-        self, what: Callable[[], Any], *, seconds: float, saying: str, poll_seconds: float = 0.2
-    ) -> Any:
+    def wait_for(self, what: Callable[[], Any], *, seconds: float, saying: str, poll_seconds: float = 0.2) -> Any:
         """The first true answer of `what`. TimeoutError with `saying` and the coordinator's log otherwise."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

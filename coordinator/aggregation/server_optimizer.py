@@ -61,9 +61,7 @@ def slots(optimizer: ServerOptimizer) -> dict[str, float]:
 class OptimizerState:
     """The state's file, read and written block by block beside the model: tensors `m.<name>`, `v.<name>`."""
 
-    def __init__(
-        self, begin_with: dict[str, float], layout: tensors.Layout, source: Path | None, target: Path
-    ) -> None:
+    def __init__(self, begin_with: dict[str, float], layout: tensors.Layout, source: Path | None, target: Path) -> None:
         header, own = tensors.make_header(
             (f"{slot}.{tensor.name}", "F32", tensor.shape) for slot in begin_with for tensor in layout.tensors
         )
@@ -77,9 +75,7 @@ class OptimizerState:
         self._pending: list[tuple[int, NDArray[np.float64]]] = []
 
     @staticmethod
-    def begin(
-        optimizer: ServerOptimizer, layout: tensors.Layout, source: Path | None, target: Path
-    ) -> OptimizerState:
+    def begin(optimizer: ServerOptimizer, layout: tensors.Layout, source: Path | None, target: Path) -> OptimizerState:
         return OptimizerState(slots(optimizer), layout, source, target)
 
     def block(self, tensor: tensors.TensorSpec, start: int, count: int) -> dict[str, NDArray[np.float64]]:

@@ -70,7 +70,9 @@ def _tidy(job: Job, facts: Facts, now: float) -> Transition | None:
     for task in facts.tasks:
         if task.state.live and now > task.lease_until:
             again = QueueTask(task.kind, task.round, task.site, task.version, task.split)
-            return Transition((again,), f"{task.site} was not heard of in time: {sentences.work(task)} is offered again")
+            return Transition(
+                (again,), f"{task.site} was not heard of in time: {sentences.work(task)} is offered again"
+            )
         if task.kind is TaskKind.EVALUATE and task.state.open:
             if now > task.queued_at + job.spec.evaluation.deadline_seconds:
                 reason = f"not evaluated within {sentences.duration(job.spec.evaluation.deadline_seconds)}"
@@ -167,7 +169,9 @@ def _collect_initial(job: Job, facts: Facts, round_: Round, tasks: list[Task], n
     if facts.initial is not None:
         first = facts.initial
         commit = Commit(0, first.digest, first.size, "", (first,))
-        return Transition((commit, *evaluations.measure(job, facts, version=0)), f"version 0 by {first.site} is the head")
+        return Transition(
+            (commit, *evaluations.measure(job, facts, version=0)), f"version 0 by {first.site} is the head"
+        )
     current = [task for task in tasks if task.site in round_.cohort]
     if any(task.state.open for task in current):
         if now <= round_.deadline_at:
@@ -175,7 +179,9 @@ def _collect_initial(job: Job, facts: Facts, round_: Round, tasks: list[Task], n
         late = tuple(EndTask(task.id, TaskState.EXPIRED, "the deadline passed") for task in current if task.state.open)
         return Transition((*late, _open(job, number=0, attempt=round_.attempt + 1, now=now)), "version 0 took too long")
     reasons = sentences.outcomes(current)
-    return Transition((_open(job, number=0, attempt=round_.attempt + 1, now=now),), f"version 0 was not made: {reasons}")
+    return Transition(
+        (_open(job, number=0, attempt=round_.attempt + 1, now=now),), f"version 0 was not made: {reasons}"
+    )
 
 
 def _below_quorum(job: Job, facts: Facts, round_: Round, now: float, *, why: str) -> Transition:
@@ -189,7 +195,9 @@ def _below_quorum(job: Job, facts: Facts, round_: Round, now: float, *, why: str
     )
     if round_.attempt <= job.spec.cohort.retries:
         again = _open(job, number=round_.number, attempt=round_.attempt + 1, now=now)
-        return Transition((*ends, again), f"{short}; attempt {round_.attempt + 1} of {job.spec.cohort.retries + 1} begins")
+        return Transition(
+            (*ends, again), f"{short}; attempt {round_.attempt + 1} of {job.spec.cohort.retries + 1} begins"
+        )
     return Transition((*ends, FailRound(short), SetJobState(JobState.FAILED)), f"{short}; no attempts are left")
 
 
@@ -211,7 +219,9 @@ def _aggregate(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     if command.corrupt_site:
         return _without(job, facts, round_, command.contributions, command.corrupt_site, command.generation, now)
     if now < command.queued_at + COMMAND_RETRY_SECONDS:
-        return Transition((), f"round {round_.number}: the coordinator could not aggregate and tries again: {command.error}")
+        return Transition(
+            (), f"round {round_.number}: the coordinator could not aggregate and tries again: {command.error}"
+        )
     again = Aggregate(command.contributions, command.generation + 1)
     return Transition((again,), f"round {round_.number} is aggregated again after: {command.error}")
 

@@ -68,9 +68,13 @@ def waits_for_sites(job: Job, facts: Facts, round_: Round, now: float) -> str:
     absent = [site.name for site in ready if not site.connected]
     if rules.sites != "all":
         known = {site.name for site in ready}
-        absent += [f"{name} (not enrolled)" for name in rules.sites if name not in known and name not in facts.set_aside]
+        absent += [
+            f"{name} (not enrolled)" for name in rules.sites if name not in known and name not in facts.set_aside
+        ]
     wanted = len(ready) if rules.size == "all" else rules.size
-    text = f"round {round_.number} waits for sites to connect: {len(connected)} of {max(wanted, rules.quorum)} are there"
+    text = (
+        f"round {round_.number} waits for sites to connect: {len(connected)} of {max(wanted, rules.quorum)} are there"
+    )
     if absent:
         text += f", missing {', '.join(absent)}"
     if facts.set_aside:
@@ -91,7 +95,9 @@ def waits_for_initialiser(job: Job, left: Sequence[SiteFact], round_: Round, now
 def waits_for_evaluation(job: Job, pending: Sequence[Task], now: float) -> str:
     who = ", ".join(f"{status(task)} (version {task.version})" for task in pending)
     ends = max(task.queued_at for task in pending) + job.spec.evaluation.deadline_seconds
-    return f"all rounds are committed; waits for {len(pending)} evaluations: {who}; until {duration(ends - now)} from now"
+    return (
+        f"all rounds are committed; waits for {len(pending)} evaluations: {who}; until {duration(ends - now)} from now"
+    )
 
 
 def outcomes(tasks: Sequence[Task]) -> str:

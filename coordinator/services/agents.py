@@ -168,9 +168,12 @@ class AgentService:
         task_id, generation, work = request.task_id, request.generation, self._store.work
         try:
             task = await asyncio.to_thread(work.live, task_id, site=site, generation=generation)
-        except LeaseFenced:
+        except LeaseFenced as fenced:
             # A repeat of a report that was taken, or one that is too late: the store tells them apart.
-            result = results.parse(request.succeeded)
+            try:
+                result = results.parse(request.succeeded)
+            except InvalidInput:
+                raise fenced from None
         else:
             checked = await self._check(task, request.succeeded)
             if isinstance(checked, str):

@@ -23,13 +23,9 @@ def carry_out(
         _open(connection, job, effect)
         return effect.number
     if isinstance(effect, s.SetJobState):
-        connection.execute(
-            update(schema.jobs).where(schema.jobs.c.id == job.id).values(state=effect.state.value)
-        )
+        connection.execute(update(schema.jobs).where(schema.jobs.c.id == job.id).values(state=effect.state.value))
     elif isinstance(effect, s.SetBest):
-        connection.execute(
-            update(schema.jobs).where(schema.jobs.c.id == job.id).values(best_version=effect.version)
-        )
+        connection.execute(update(schema.jobs).where(schema.jobs.c.id == job.id).values(best_version=effect.version))
     elif isinstance(effect, s.SetCohort):
         _round(connection, job, number, cohort=list(effect.cohort), phase=s.Phase.COLLECTING.value)
         _stamp(connection, job, number, collecting_at=now)
@@ -155,9 +151,7 @@ def _command(connection: Connection, job: s.Job, number: int | None, effect: s.A
     )
 
 
-def _commit(
-    connection: Connection, job: s.Job, number: int | None, effect: s.Commit, now_unix_seconds: float
-) -> None:
+def _commit(connection: Connection, job: s.Job, number: int | None, effect: s.Commit, now_unix_seconds: float) -> None:
     connection.execute(
         insert(schema.versions).values(
             job_id=job.id,

@@ -99,14 +99,14 @@ class Jobs:
 
     # --- commands
 
-    def previous(self, job_id: str, *, version: int) -> Mapping[str, Any]:
+    def previous(self, job_id: str, *, version: int) -> dict[str, Any]:
         """Digests of a version and of its server optimizer's state."""
         versions = schema.versions
         with self._database.read() as connection:
             row = connection.execute(
                 select(versions).where(versions.c.job_id == job_id, versions.c.version == version)
             ).one()
-            return row._mapping
+            return dict(row._mapping)
 
     def finish_command(
         self,
@@ -244,9 +244,7 @@ def _facts(connection: Connection, job: Row[Any], now_unix_seconds: float) -> s.
     ).first()
     if row is None:
         return s.Facts(sites=sites)
-    current = s.Round(
-        row.number, row.attempt, s.Phase(row.phase), tuple(row.cohort), row.opened_at, row.deadline_at
-    )
+    current = s.Round(row.number, row.attempt, s.Phase(row.phase), tuple(row.cohort), row.opened_at, row.deadline_at)
     open_states = [state.value for state in s.TaskState if state.open]
     relevant = or_(
         and_(tasks.c.round == row.number, tasks.c.kind != s.TaskKind.EVALUATE.value),

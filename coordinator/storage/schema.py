@@ -206,4 +206,3 @@ events = Table(
     Column("round", BigInteger, nullable=False),
     Column("sentence", Text, nullable=False),
 )
-

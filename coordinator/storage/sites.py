@@ -126,7 +126,9 @@ class Sites:
 
 
 def _bad_token(why: str) -> Unauthenticated:
-    return Unauthenticated(f"This join token {why}.", hint="Ask the operator for a new one: `silotune site invite NAME`.")
+    return Unauthenticated(
+        f"This join token {why}.", hint="Ask the operator for a new one: `silotune site invite NAME`."
+    )
 
 
 def _site(row: Row[Any]) -> SiteRow:

@@ -120,7 +120,11 @@ class Views:
             traffic = {
                 row.round: (int(row.up or 0), int(row.down or 0))
                 for row in connection.execute(
-                    select(tasks.c.round, func.sum(tasks.c.bytes_up).label("up"), func.sum(tasks.c.bytes_down).label("down"))
+                    select(
+                        tasks.c.round,
+                        func.sum(tasks.c.bytes_up).label("up"),
+                        func.sum(tasks.c.bytes_down).label("down"),
+                    )
                     .where(tasks.c.job_id == job_id, tasks.c.round >= since)
                     .group_by(tasks.c.round)
                 )
@@ -188,7 +192,9 @@ class Views:
     def model(self, job_id: str, *, version: int | None) -> ModelRecord:
         """A committed version: the one asked for, else the best, else the head. NotFound."""
         job = self.job(job_id)
-        chosen = version if version is not None else job.best_version if job.best_version is not None else job.head_version
+        chosen = (
+            version if version is not None else job.best_version if job.best_version is not None else job.head_version
+        )
         if chosen is None:
             raise NotFound(f"Job {job_id} has no committed version yet.", hint=f"It says: {job.sentence}.")
         versions, files = schema.versions, schema.files
@@ -229,9 +235,7 @@ class Views:
         spec = jobspec.from_json(row.spec)
         rounds = schema.rounds
         with self._database.read() as connection:
-            number = connection.execute(
-                select(func.max(rounds.c.number)).where(rounds.c.job_id == row.id)
-            ).scalar()
+            number = connection.execute(select(func.max(rounds.c.number)).where(rounds.c.job_id == row.id)).scalar()
             spans = connection.execute(
                 select(rounds.c.opened_at, rounds.c.ended_at)
                 .where(rounds.c.job_id == row.id, rounds.c.number > 0, rounds.c.ended_at.is_not(None))

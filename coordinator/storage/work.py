@@ -332,7 +332,9 @@ def _insert_update(connection: Connection, task: Task, result: Result, *, fate: 
     updates = schema.updates
     key = and_(updates.c.job_id == task.job_id, updates.c.round == task.round, updates.c.site == task.site)
     # A rejected or discarded update makes room for the one of the round's next attempt.
-    connection.execute(updates.delete().where(key, or_(*(updates.c.fate == f.value for f in Fate if f != Fate.ACCEPTED))))
+    connection.execute(
+        updates.delete().where(key, or_(*(updates.c.fate == f.value for f in Fate if f != Fate.ACCEPTED)))
+    )
     connection.execute(
         insert(updates).values(
             job_id=task.job_id,

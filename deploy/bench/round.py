@@ -208,5 +208,3 @@ def _tls(federation: LocalFederation, name: str) -> floor.Tls:
         client_certificate=str(identity / "certificate.pem"),
         client_key=str(identity / "key.pem"),
     )
-
-

@@ -159,5 +159,3 @@ def test_the_server_optimizer_changes_the_result_and_survives_a_restart(three_si
     federation.start_coordinator()
     three_sites.end(rough)
     assert three_sites.digest(rough, 3) == three_sites.digest(calm, 3) != three_sites.digest(plain, 3)
-
-

@@ -179,9 +179,7 @@ class Coordinator:
 
     async def query(self, request: transfer_pb2.QueryWriteStatusRequest) -> transfer_pb2.QueryWriteStatusResponse:
         kept = len(self.uploads.get(request.blob.digest, b""))
-        return transfer_pb2.QueryWriteStatusResponse(
-            committed_size=kept, sealed=request.blob.digest in self.sealed
-        )
+        return transfer_pb2.QueryWriteStatusResponse(committed_size=kept, sealed=request.blob.digest in self.sealed)
 
     async def read(self, message: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         request = transfer_pb2.ReadRequest.FromString(message)

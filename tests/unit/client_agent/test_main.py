@@ -68,7 +68,7 @@ async def test_a_killed_agent_does_not_download_twice_and_resumes_its_upload(
 
 
 async def test_a_killed_agent_takes_its_trainer_with_it_and_trains_again(home: Home, coordinator: Coordinator) -> None:
-    coordinator.add_task(task(job=spec(train_seconds=3)), model=MODEL)
+    coordinator.add_task(task(job=spec(train_seconds=1.5)), model=MODEL)
     async with agent(home) as first:
         await training(coordinator)
         trainers = psutil.Process(first.pid).children()

@@ -218,7 +218,9 @@ class Federation:
         return await answer(agent_pb2_grpc.EnrollmentServiceStub(peer.channel).Enroll(request, timeout=20))
 
     async def submit(self, **changes: Any) -> str:
-        response = await self.operator().operator("SubmitJob", operator_pb2.SubmitJobRequest(spec_json=recipe(**changes)))
+        response = await self.operator().operator(
+            "SubmitJob", operator_pb2.SubmitJobRequest(spec_json=recipe(**changes))
+        )
         return response.job_id
 
     async def job_with_version_0(

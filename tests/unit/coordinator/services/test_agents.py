@@ -9,6 +9,7 @@ import pytest
 
 from protos import errors, jobspec
 from protos.v1 import agent_pb2, operator_pb2
+from protos.v1.manifest_pb2 import BlobRef
 from tests.unit.coordinator.services.conftest import manifest, recipe, tensor_file
 
 MODEL = tensor_file(fill=0.5)
@@ -137,7 +138,7 @@ async def test_an_old_grant_is_fenced_and_a_foreign_task_is_not_found(federation
         with pytest.raises(error):
             await peer.agent("Heartbeat", beat)
         with pytest.raises(error):
-            await peer.finish(task, manifest=manifest(agent_pb2.Succeeded().manifest.blob), examples=1)
+            await peer.finish(task, manifest=manifest(BlobRef(digest="0" * 64, size=1)), examples=1)
 
 
 async def test_a_held_task_is_not_granted_again(federation: Any):
@@ -175,7 +176,9 @@ async def test_a_report_without_an_outcome_is_refused(federation: Any):
 
 async def test_what_an_agent_says_of_itself_is_shown_and_bounded(federation: Any):
     site = federation.site("st-olav")
-    agent = agent_pb2.AgentInfo(version="9", device="cpu", data_sets=[agent_pb2.DataSetInfo(name="notes", rows=1 << 40)])
+    agent = agent_pb2.AgentInfo(
+        version="9", device="cpu", data_sets=[agent_pb2.DataSetInfo(name="notes", rows=1 << 40)]
+    )
     await site.agent("LeaseTask", agent_pb2.LeaseTaskRequest(agent=agent))
     (shown,) = (await federation.operator().operator("ListSites", operator_pb2.ListSitesRequest())).sites
     assert shown.agent == agent

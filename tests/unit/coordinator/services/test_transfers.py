@@ -243,6 +243,11 @@ async def test_bytes_are_counted_for_the_round(federation: Any):
 
 async def test_a_first_frame_without_a_target_is_refused(federation: Any):
     site = federation.site("st-olav")
-    for messages in ([], [b"\xff"], [frames.encode(b"data", offset=0)], [frames.encode_target(transfer_pb2.UploadTarget())]):
+    for messages in (
+        [],
+        [b"\xff"],
+        [frames.encode(b"data", offset=0)],
+        [frames.encode_target(transfer_pb2.UploadTarget())],
+    ):
         with pytest.raises(errors.InvalidInput):
             await site.write(messages)

@@ -1,0 +1,143 @@
+"""A site in miniature: a random encoder of 32 units with a tokenizer of its own, a few rows, and tasks for the trainer."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    BertConfig,
+    DistilBertConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
+
+from client_agent.settings import DataSet
+from client_agent.taskdir import TaskResult, TaskSpec, write_spec
+from client_agent.training.tasks import Warm, Work
+
+LABELS = ("drug", "lab", "symptom")
+WORDS = {"drug": "aspirin dose tablet", "lab": "sodium count blood", "symptom": "cough pain fever"}
+FILLER = "the patient has been given some more of it since monday".split()
+CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
+    "bert": BertConfig,
+    "albert": AlbertConfig,
+    "distilbert": DistilBertConfig,
+    "roberta": RobertaConfig,
+}
+
+
+def make_base_model(directory: Path, *, architecture: str) -> Path:
+    """An encoder without a head, as a hub would hold it: three layers, random weights."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLER, *" ".join(WORDS.values()).split()]
+    wordpiece = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    wordpiece.pre_tokenizer = pre_tokenizers.Whitespace()
+    wordpiece.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=wordpiece, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(directory)
+    sizes: dict[str, Any] = {"vocab_size": len(words), "pad_token_id": 0, "max_position_embeddings": 40}
+    if architecture == "distilbert":
+        sizes |= {"dim": 32, "hidden_dim": 64, "n_heads": 4, "n_layers": 3}
+    else:
+        sizes |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    if architecture == "albert":
+        sizes |= {"embedding_size": 16, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    torch.manual_seed(0)
+    AutoModel.from_config(CONFIGS[architecture](**sizes)).save_pretrained(directory)
+    return directory
+
+
+def make_texts(label: str, *, rows: int, start: int = 0) -> list[str]:
+    """Texts of different lengths in which one word in three tells the label."""
+    texts = []
+    for row in range(start, start + rows):
+        words = [FILLER[(row * 5 + i) % len(FILLER)] for i in range(4 + row % 11)]
+        words[row % len(words)] = WORDS[label].split()[row % 3]
+        texts.append(" ".join([*words, str(row)]))
+    return texts
+
+
+@dataclass
+class Site:
+    """Runs tasks in this process as the worker does in its own."""
+
+    directory: Path
+    base_model: Path
+    data_set: DataSet
+    warm: Warm = field(default_factory=Warm)
+    stages: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def recipe(self, **changes: Any) -> dict[str, Any]:
+        return {
+            "name": "tiny",
+            "task": {"type": "classification", "labels": LABELS, "max_length": 24},
+            "data": {"name": "notes"},
+            "base_model": {"name": "tiny-encoder"},
+            "method": {"type": "full"},
+            "local": {"steps": 3, "batch_size": 8, "learning_rate": 1e-3},
+            "rounds": 4,
+            "seed": 11,
+            **changes,
+        }
+
+    def task(self, kind: str, *, recipe: dict[str, Any], model: Path | None = None, **changes: Any) -> TaskSpec:
+        fields: dict[str, Any] = {
+            "task_id": "task-1",
+            "job_id": "job-1",
+            "round": 1,
+            "kind": kind,
+            "spec": recipe,
+            "seed": 5,
+            "split": "validation" if kind == "evaluate" else "",
+            "model_path": str(model) if model else None,
+            "base_model_path": str(self.base_model),
+            "base_digest": "ab" * 32,
+            "data_set": None if kind == "init" else self.data_set.model_dump(mode="json"),
+            "device": "cpu",
+            "threads": 1,
+        }
+        return TaskSpec(**{**fields, **changes})
+
+    def write(self, name: str, task: TaskSpec) -> Path:
+        write_spec(self.directory / name, task)
+        return self.directory / name
+
+    def run(self, name: str, task: TaskSpec, *, warm: Warm | None = None) -> tuple[Path, TaskResult]:
+        """The task's directory and result; `warm` replaces what the site keeps in memory."""
+        directory = self.write(name, task)
+        kept = self.warm if warm is None else warm
+        return directory, Work(task, directory, kept, self._report, time.monotonic()).run()
+
+    def _report(self, stage: str, done: int, total: int, unit: str, metrics: dict[str, float]) -> None:
+        self.stages.append((stage, done, total))
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def of(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = make_base_model(tmp_path_factory.mktemp(architecture), architecture=architecture)
+        return made[architecture]
+
+    return of
+
+
+@pytest.fixture
+def site(tmp_path: Path, base_model: Callable[[str], Path]) -> Site:
+    path = tmp_path / "notes.jsonl"
+    rows = [{"text": text, "label": label} for label in LABELS for text in make_texts(label, rows=14)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Site(tmp_path, base_model("bert"), DataSet(path=str(path), validation=0.3, test=str(path)))

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from coordinator.services.forecast import estimates, warnings
+from coordinator.storage.sites import SiteRow
+from protos import jobspec
+from protos.identity import Role
+
+NOW = 1000.0
+# The 22M-parameter encoder: 30,522 words, six layers of 384.
+MINILM = {"name": "minilm", "digest": "a" * 64, "parameters": "22713216", "hidden_size": 384, "layers": 6}
+GB = 10**9
+
+
+def site(name: str, *, role: Role = Role.SITE, state: str = "ENROLLED", seen: float = NOW, **agent: Any) -> SiteRow:
+    said = {"data_sets": [{"name": "notes"}], "base_models": [MINILM], **agent}
+    return SiteRow(name, role, state, seen, NOW + 1e6, said)
+
+
+def spec(**changes: Any) -> jobspec.JobSpec:
+    fields: dict[str, Any] = {
+        "name": "j",
+        "task": {"type": "classification", "labels": ["a", "b"]},
+        "data": {"name": "notes"},
+        "base_model": {"name": "minilm"},
+        "local": {"steps": 1},
+        "rounds": 10,
+        "evaluation": {"where": ["sites"]},
+    }
+    return jobspec.parse({**fields, **changes})
+
+
+def warned(job: jobspec.JobSpec, *sites: SiteRow, spare_bytes: int = 100 * GB) -> list[str]:
+    return warnings(job, sites=sites, spare_bytes=spare_bytes, now_unix_seconds=NOW)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({}, "90.9 MB"),
+        ({"method": {"type": "full", "freeze_embeddings": True}}, "42.5 MB"),
+        ({"base_model": {"name": "minilm", "layers": 3}}, "69.6 MB"),
+        ({"method": {"type": "lora", "rank": 8}}, "298 kB"),
+        ({"task": {"type": "synthetic", "payload_mb": 3}, "data": None, "base_model": None}, "3.0 MB"),
+    ],
+)
+def test_the_size_of_what_travels_is_estimated_from_what_a_site_reported(changes: dict[str, Any], size: str):
+    said = " ".join(estimates(spec(**changes), sites=[site("a"), site("b")]))
+    assert f"About {size} to and from each site" in said
+    assert "10 rounds with 2 sites each" in said
+
+
+def test_without_a_reported_base_model_nothing_is_made_up():
+    assert "not known" in " ".join(estimates(spec(), sites=[site("a", base_models=[])]))
+
+
+def test_nothing_is_warned_of_when_everything_is_there():
+    assert warned(spec(), site("a"), site("b")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sites", "sentence"),
+    [
+        ({"cohort": {"sites": ["a", "c"]}}, [site("a")], "c is not enrolled."),
+        ({"cohort": {"quorum": 2}}, [site("a"), site("b", state="REVOKED")], "Only 1 site of this job enrolled"),
+        ({}, [site("a", seen=0.0)], "a is not connected."),
+        ({}, [site("a", data_sets=[])], "a has no data set named 'notes'"),
+        ({}, [site("a", base_models=[])], "a does not have the base model 'minilm'"),
+        ({"base_model": {"name": "minilm", "digest": "b" * 64}}, [site("a")], "does not have the base model"),
+        ({"evaluation": {"where": ["house"]}}, [site("a")], "none is enrolled"),
+        (
+            {"evaluation": {"test": True}},
+            [site("a"), site("h", role=Role.HOUSE, seen=0)],
+            "house agent h is not connected",
+        ),
+        ({"evaluation": {"test": True}}, [site("a"), site("h", role=Role.HOUSE, data_sets=[])], "h has no data set"),
+    ],
+)
+def test_what_may_stand_in_the_way_is_said(changes: dict[str, Any], sites: list[SiteRow], sentence: str):
+    assert sentence in " ".join(warned(spec(**changes), *sites))
+
+
+def test_a_disk_that_is_too_small_is_said_beforehand():
+    assert "disk has 1.0 GB to spare; about 1.1 GB are needed" in " ".join(warned(spec(), site("a"), spare_bytes=GB))
+
+
+def test_a_house_agent_is_not_a_site_of_the_cohort():
+    assert "Only 0 sites" in " ".join(warned(spec(), site("h", role=Role.HOUSE)))
