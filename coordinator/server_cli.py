@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from pathlib import Path
 
@@ -128,6 +129,8 @@ def init(
 @with_output
 def serve(*, output: Output, data: Path, log_format: str | None, insecure_loopback: bool) -> None:
     """Runs the coordinator in the foreground until SIGTERM or Ctrl-C."""
+    # gRPC's own log says in C++ what the commands say in words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Only here, because the other commands must not wait for gRPC and a database to load.
     from coordinator.main import serve as run
 

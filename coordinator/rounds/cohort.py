@@ -18,6 +18,12 @@ def eligible(job: Job, facts: Facts) -> list[SiteFact]:
     ]
 
 
+def possible(job: Job, facts: Facts) -> set[str]:
+    """Names that may yet train in this job: the eligible, and those that the recipe names and that may still enroll."""
+    named = () if job.spec.cohort.sites == "all" else job.spec.cohort.sites
+    return {site.name for site in eligible(job, facts)} | {name for name in named if name not in facts.set_aside}
+
+
 def draw_order(sites: Sequence[SiteFact], *, seed: int, round_number: int) -> list[SiteFact]:
     """A random order that depends on (seed, round) and each name alone: who else is there changes no one's place."""
 

@@ -101,6 +101,10 @@ def _select(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
             QueueTask(TaskKind.TRAIN, round_.number, site, job.head_version) for site in cohort if site not in accepted
         )
         return Transition((SetCohort(cohort), *tasks), f"round {round_.number} begins with {', '.join(cohort)}")
+    if facts.set_aside and len(cohorts.possible(job, facts)) < job.spec.cohort.quorum:
+        # Nothing that may still happen by itself can fill this round.
+        reason = f"round {round_.number} cannot reach its quorum: {sentences.set_aside(facts)}"
+        return Transition((FailRound(reason), SetJobState(JobState.FAILED)), reason)
     if now > round_.deadline_at:
         return _below_quorum(job, facts, round_, now, why="too few sites are connected")
     return Transition((), sentences.waits_for_sites(job, facts, round_, now))

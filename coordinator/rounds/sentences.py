@@ -43,6 +43,10 @@ def status(task: Task, *, connected: bool = True) -> str:
     return f"{task.site} {stage}"
 
 
+def set_aside(facts: Facts) -> str:
+    return "set aside: " + "; ".join(f"{name} ({reason})" for name, reason in sorted(facts.set_aside.items()))
+
+
 def _connected(facts: Facts, name: str) -> bool:
     return any(site.connected for site in facts.sites if site.name == name)
 
@@ -78,7 +82,7 @@ def waits_for_sites(job: Job, facts: Facts, round_: Round, now: float) -> str:
     if absent:
         text += f", missing {', '.join(absent)}"
     if facts.set_aside:
-        text += "; set aside: " + "; ".join(f"{name} ({reason})" for name, reason in sorted(facts.set_aside.items()))
+        text += f"; {set_aside(facts)}"
     if not ready and rules.sites == "all":
         text += ": no site is enrolled yet, `silotune site invite NAME` invites one"
     gather_left = round_.opened_at + rules.gather_seconds - now

@@ -1,0 +1,248 @@
+"""Real fine-tuning through a real federation: other people's data, what is exported, and equality with local training."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from client_agent.settings import DataSet
+from client_agent.taskdir import TaskSpec, write_spec
+from deploy.local import LocalFederation
+from protos.jobspec import parse, task_seed
+from tests.federation.conftest import FAST, Jobs
+from tests.unit.client_agent.training.conftest import LABELS, make_base_model, make_texts
+
+RECIPE = """\
+name = "{name}"
+rounds = {rounds}
+seed = 11
+
+[task]
+type = "classification"
+labels = ["drug", "lab", "symptom"]
+max_length = 24
+
+[data]
+name = "notes"
+
+[base_model]
+name = "tiny-encoder"
+
+[method]
+{method}
+
+[local]
+steps = {steps}
+batch_size = 16
+learning_rate = {rate}
+
+[cohort]
+sites = {sites}
+quorum = {quorum}
+gather_seconds = 60
+
+[evaluation]
+where = ["house"]
+test = true
+"""
+
+SITE = """\
+[http]
+address = "{http}"
+
+[device]
+name = "cpu"
+threads = 1
+
+[policy]
+base_models = ["tiny-encoder"]
+data_sets = ["notes"]
+methods = ["full", "lora"]
+max_epochs = 1000
+
+[data.notes]
+"""
+
+# Run where silotune cannot be imported: what a user of the exported directory does.
+USE = """\
+import json, sys
+sys.path = [p for p in sys.path if p]
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+directory, base, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+tokenizer = AutoTokenizer.from_pretrained(directory)
+if base:
+    from peft import PeftModel
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model = PeftModel.from_pretrained(model, directory)
+else:
+    model = AutoModelForSequenceClassification.from_pretrained(directory)
+model.eval()
+inputs = tokenizer(texts, padding=True, truncation=True, max_length=24, return_tensors="pt")
+inputs.pop("token_type_ids", None)
+with torch.no_grad():
+    print(json.dumps(model(**inputs).logits.argmax(-1).tolist()))
+assert "protos" not in sys.modules and "client_agent" not in sys.modules
+"""
+
+
+def rows(labels: tuple[str, ...], *, count: int, start: int) -> list[tuple[str, str]]:
+    made = {label: make_texts(label, rows=count, start=start) for label in labels}
+    return [(made[label][number], label) for number in range(count) for label in labels]
+
+
+def write_jsonl(path: Path, pairs: list[tuple[str, str]]) -> None:
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs))
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """Three sites that keep their notes as differently as hospitals do, and a house agent."""
+    directory = tmp_path_factory.mktemp("hospital")
+    base = make_base_model(directory / "base", architecture="bert")
+    with LocalFederation(directory, settings=FAST) as federation:
+        federation.init()
+        federation.start_coordinator()
+        data = {
+            "parquet": 'path = "notes.parquet"\ntext = "note"\nlabel = "code"\nvalidation = 0.0\n'
+            '[data.notes.labels]\n"0" = "drug"\n"1" = "lab"\n"2" = "symptom"\n',
+            "latin": 'path = "notes.csv"\nencoding = "latin-1"\ndelimiter = ";"\ntext = "TEXT"\nlabel = "ART"\n',
+            "partial": 'path = "notes.jsonl"\n',
+        }
+        for name, table in data.items():
+            federation.enroll(name, site_toml=SITE + table)
+        house = 'path = "notes.jsonl"\nvalidation = "validation.jsonl"\ntest = "test.jsonl"\n'
+        federation.enroll("house", site_toml=SITE + house, house=True)
+
+        home = federation.home("parquet")
+        pairs = rows(LABELS, count=60, start=0)
+        table = pa.table({"note": [t for t, _ in pairs], "code": [LABELS.index(label) for _, label in pairs]})
+        pq.write_table(table, home / "notes.parquet")
+
+        home = federation.home("latin")
+        with (home / "notes.csv").open("w", encoding="latin-1", newline="") as file:
+            writer = csv.writer(file, delimiter=";")
+            writer.writerow(["TEXT", "ART"])
+            writer.writerows([(f"fi\u00e8vre {text}", label) for text, label in rows(LABELS, count=40, start=100)])
+            writer.writerow(["", "drug"])
+            writer.writerow(["cough " * 10_000, "symptom"])
+
+        write_jsonl(federation.home("partial") / "notes.jsonl", rows(("drug", "lab"), count=40, start=200))
+        home = federation.home("house")
+        write_jsonl(home / "notes.jsonl", rows(LABELS, count=5, start=300))
+        write_jsonl(home / "validation.jsonl", rows(LABELS, count=30, start=400))
+        write_jsonl(home / "test.jsonl", rows(LABELS, count=30, start=500))
+
+        for name in (*data, "house"):
+            home = str(federation.home(name))
+            federation.run("silotune-agent", "model", "add", "tiny-encoder", "--path", str(base), "--home", home)
+            federation.start_agent(name, wait=False)
+        yield Jobs(federation)
+
+
+def submit(jobs: Jobs, name: str, *, method: str, sites: list[str], rounds: int, steps: int, rate: float) -> str:
+    path = jobs.federation.directory / f"{name}.toml"
+    fields = {"name": name, "method": method, "rounds": rounds, "steps": steps, "rate": rate}
+    path.write_text(RECIPE.format(sites=json.dumps(sites), quorum=len(sites), **fields))
+    return jobs.federation.silotune("job", "submit", str(path))["job_id"]
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [('type = "full"\nfreeze_embeddings = true', 1e-3), ('type = "lora"\nrank = 4\nalpha = 8', 2e-2)],
+    ids=["full", "lora"],
+)
+def test_it_learns_and_the_export_gives_the_reported_accuracy_without_silotune(
+    hospital: Jobs, method: str, rate: float, tmp_path: Path
+) -> None:
+    name = "full" if "full" in method else "lora"
+    job = submit(hospital, name, method=method, sites=["parquet", "latin", "partial"], rounds=6, steps=40, rate=rate)
+    shown = hospital.end(job, seconds=240)
+    assert shown["job"]["state"] == "COMPLETED", shown["job"]["sentence"]
+    accuracy = {(entry["version"], entry["split"]): entry["metrics"]["accuracy"] for entry in shown["evaluations"]}
+    best = shown["job"]["best_version"]
+    assert accuracy[best, "validation"] == max(v for (_, split), v in accuracy.items() if split == "validation")
+    assert accuracy[best, "test"] > 0.6 > accuracy[0, "validation"]
+
+    directory = hospital.federation.directory
+    out = directory / f"export-{name}"
+    hospital.federation.silotune("model", "export", job, "--out", str(out))
+    test = [json.loads(line) for line in (hospital.federation.home("house") / "test.jsonl").read_text().splitlines()]
+    base = str(directory / "base") if name == "lora" else ""
+    script = tmp_path / "use.py"
+    script.write_text(USE)
+    done = subprocess.run(
+        [sys.executable, str(script), str(out), base, json.dumps([row["text"] for row in test])],
+        capture_output=True, text=True, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    predicted = json.loads(done.stdout)
+    correct = sum(LABELS[guess] == row["label"] for guess, row in zip(predicted, test, strict=True))
+    assert correct / len(test) == pytest.approx(accuracy[best, "test"], abs=1e-9)
+
+
+def test_one_site_and_one_round_equal_local_training_bit_for_bit(hospital: Jobs, tmp_path: Path) -> None:
+    federation = hospital.federation
+    job = submit(
+        hospital, "alone", method='type = "full"', sites=["parquet"], rounds=1, steps=7, rate=1e-3
+    )  # fmt: skip
+    shown = hospital.end(job, seconds=120)
+    assert shown["job"]["state"] == "COMPLETED", shown["job"]["sentence"]
+    spec = parse(shown["spec"])
+    home = federation.home("parquet")
+    fields = {
+        "task_id": "local", "job_id": "local", "spec": spec.model_dump(mode="json"), "split": "", "device": "cpu",
+        "base_model_path": str(federation.directory / "base"), "base_digest": "0" * 64, "threads": 1,
+    }  # fmt: skip
+    data = DataSet(
+        path=str(home / "notes.parquet"), text="note", label="code", validation=0.0,
+        labels={"0": "drug", "1": "lab", "2": "symptom"},
+    )  # fmt: skip
+    init = TaskSpec(**fields, round=0, kind="init", seed=0, model_path=None, data_set=None)
+    train = TaskSpec(
+        **fields, round=1, kind="train", seed=task_seed(spec.seed, round_number=1, site="parquet"),
+        model_path=str(tmp_path / "init" / "update.safetensors"), data_set=data.model_dump(mode="json"),
+    )  # fmt: skip
+    write_spec(tmp_path / "init", init)
+    write_spec(tmp_path / "train", train)
+    orders = "".join(json.dumps({"run": str(tmp_path / part)}) + "\n" for part in ("init", "train"))
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "client_agent.training.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdin.write(orders)
+    worker.stdin.flush()
+    done = 0
+    while done < 2:
+        event = json.loads(worker.stdout.readline())
+        assert event["event"] in ("progress", "done"), event
+        done += event["event"] == "done"
+    worker.stdin.close()
+    worker.wait(30)
+    out = federation.directory / "export-alone"
+    federation.silotune("model", "export", job, "--round", "1", "--out", str(out))
+    exported = (out / "model.safetensors").read_bytes()
+    assert exported == (tmp_path / "train" / "update.safetensors").read_bytes()
+
+
+def test_a_wrong_row_fails_in_one_sentence_that_names_it(hospital: Jobs) -> None:
+    federation = hospital.federation
+    path = federation.home("partial") / "notes.jsonl"
+    good = path.read_text()
+    path.write_text(good + '{"text": "a new kind", "label": "imaging"}\n')
+    try:
+        job = submit(hospital, "wrong", method='type = "full"', sites=["partial"], rounds=1, steps=1, rate=1e-3)
+        shown = hospital.end(job, seconds=120)
+        assert shown["job"]["state"] == "FAILED"
+        assert "imaging" in shown["job"]["sentence"] and "row 81" in shown["job"]["sentence"]
+        assert str(federation.home("partial")) not in shown["job"]["sentence"]
+    finally:
+        path.write_text(good)
