@@ -24,22 +24,9 @@ from client_agent.home import Home
 from client_agent.models import BaseModel, Models, check_model_name, fetch_from_hub
 from client_agent.observe import StatusFile
 from protos import errors
-from protos.errors import SilotuneError
+from protos.errors import EXIT_CODES, SilotuneError
 from protos.identity import JoinToken, check_name
 
-EXIT_CODES: dict[str, int] = {
-    "INVALID_ARGUMENT": 3,
-    "NOT_FOUND": 4,
-    "ALREADY_EXISTS": 5,
-    "FAILED_PRECONDITION": 5,
-    "UNAUTHENTICATED": 6,
-    "PERMISSION_DENIED": 6,
-    "ABORTED": 7,
-    "UNAVAILABLE": 7,
-    "DATA_LOSS": 8,
-    "RESOURCE_EXHAUSTED": 8,
-    "INTERNAL": 9,
-}
 FAULT = 1
 
 console = Console(highlight=False)
@@ -72,9 +59,9 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
                 fault = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
                 _print_json("error", code, fault)
             else:
-                click.echo(f"Error: {error.message}", err=True)
+                click.echo(f"error: {error.message}", err=True)
                 if error.hint:
-                    click.echo(error.hint, err=True)
+                    click.echo(f"hint: {error.hint}", err=True)
             sys.exit(code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -158,9 +145,14 @@ def enroll(*, home: Home, text: bool, coordinator: str, token: str, replace: boo
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", help="Log lines for people, or JSON objects."
 )
+@click.option(
+    "--insecure-loopback",
+    is_flag=True,
+    help="Without TLS, for benchmarks: only to a coordinator on 127.0.0.1 that serves with the same flag.",
+)
 @home_option
 @command
-def run(*, home: Home, text: bool, log_format: str) -> None:
+def run(*, home: Home, text: bool, log_format: str, insecure_loopback: bool) -> None:
     """Asks the coordinator for work and does what the policy allows, until it is stopped.
 
     SIGTERM or Ctrl-C stops it within ten seconds; finished work is kept and handed in at the next start.
@@ -173,7 +165,7 @@ def run(*, home: Home, text: bool, log_format: str) -> None:
     # Imported here: gRPC's event loop and the HTTP server are of no use to the other commands.
     from client_agent import main as daemon
 
-    daemon.run(home, json_logs=log_format == "json")
+    daemon.run(home, json_logs=log_format == "json", insecure_loopback=insecure_loopback)
 
 
 @main.command()

@@ -59,6 +59,7 @@ def choose_device(device: Device, *, gpu: str) -> str:
 def count_rows(home: Home, settings: SiteSettings) -> dict[str, int]:
     """Training rows of each data set; 0 where it cannot be read. Counted anew only when a file has changed."""
     known = json.loads(home.row_counts_file.read_text()) if home.row_counts_file.exists() else {}
+    kept: dict[str, int] = {}
     counts = {}
     for name, data_set in settings.data.items():
         place = data_set.at(home.site_file.parent)
@@ -67,12 +68,13 @@ def count_rows(home: Home, settings: SiteSettings) -> dict[str, int]:
             stamp = digest_of(repr(fingerprint(place, name=name, split="train")).encode())
             if stamp not in known:
                 known[stamp] = len(read_rows(place, name=name, labels=None, split="train"))
+            kept[stamp] = known[stamp]
         except SilotuneError as error:
             log.warning("A data set cannot be used.", data_set=name, reason=without_content(error))
             counts[name] = 0
         else:
             counts[name] = known[stamp]
-    write_json(home.row_counts_file, known)
+    write_json(home.row_counts_file, kept)
     return counts
 
 

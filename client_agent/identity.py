@@ -2,7 +2,7 @@
 
 The key is made here and never leaves. Enrollment trades a one-time token and a signing request for a certificate;
 renewal trades the valid certificate for one over a fresh key. Both may be cut off at any line: a repeated enrollment
-sends the same key, and a renewal that was cut between its two renames is completed when the files are next read.
+sends the same key, and a renewal that was cut between its two renames is completed at the next start.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ class SiteIdentity:
     def role(self) -> str:
         return _certified(self.leaf).role.value
 
+    @property
+    def uri(self) -> str:
+        return _certified(self.leaf).uri
+
     def renewal_due(self, *, now: datetime) -> bool:
         """Two thirds into its life, so that an outage of the coordinator of the last third is survived."""
         leaf = self.leaf
@@ -74,7 +78,6 @@ def load(directory: Path) -> SiteIdentity:
     """Unauthenticated when this agent has not been enrolled."""
     try:
         facts = json.loads((directory / FACTS).read_text())
-        _finish_swap(directory)
         parts = {name: (directory / name).read_bytes() for name in (KEY, CERTIFICATE, CA)}
     except FileNotFoundError:
         raise Unauthenticated(
@@ -88,6 +91,24 @@ def load(directory: Path) -> SiteIdentity:
         certificate=parts[CERTIFICATE],
         ca=parts[CA],
     )
+
+
+def complete_renewal(directory: Path) -> None:
+    """Finishes a renewal that a crash cut between its two renames: the new certificate lies with the old key.
+
+    Only for the process that holds the home's lock; another one would come between the daemon's own two renames.
+    """
+    waiting = directory / (KEY + _NEW)
+    if not waiting.exists() or not (directory / CERTIFICATE).exists():
+        return
+    certified = x509.load_pem_x509_certificate((directory / CERTIFICATE).read_bytes()).public_key()
+    try:
+        matches = _private_key(waiting.read_bytes()).public_key() == certified
+    except ValueError:
+        return  # Half a key, cut while it was written: nothing was ever asked for it.
+    if matches:
+        waiting.rename(directory / KEY)
+        sync_directory(directory)
 
 
 def is_enrolled(directory: Path) -> bool:
@@ -181,17 +202,6 @@ def _swap_in(directory: Path, *, key: bytes, certificate: bytes) -> None:
     (directory / (CERTIFICATE + _NEW)).rename(directory / CERTIFICATE)
     (directory / (KEY + _NEW)).rename(directory / KEY)
     sync_directory(directory)
-
-
-def _finish_swap(directory: Path) -> None:
-    """A crash between the two renames of `_swap_in` leaves the new certificate with the old key."""
-    waiting = directory / (KEY + _NEW)
-    if not waiting.exists() or not (directory / CERTIFICATE).exists():
-        return
-    certified = x509.load_pem_x509_certificate((directory / CERTIFICATE).read_bytes()).public_key()
-    if _private_key(waiting.read_bytes()).public_key() == certified:
-        waiting.rename(directory / KEY)
-        sync_directory(directory)
 
 
 def _check_certificate(identity: SiteIdentity) -> None:

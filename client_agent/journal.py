@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from client_agent.hashing import hash_file
 from client_agent.taskdir import FILES, RESULT, UPDATE, TaskResult, read_result, write_json
-from protos.digests import new_hasher
 from protos.v1 import agent_pb2
 
 JOURNAL = "journal.json"
@@ -113,8 +113,7 @@ class Journal:
         files = [path / UPDATE] if (path / UPDATE).exists() else []
         files += sorted(file for file in (path / FILES).glob("*") if file.is_file())
         blobs = tuple(
-            Blob(str(file.relative_to(path)), file.stat().st_size, new_hasher().update_mmap(file).hexdigest())
-            for file in files
+            Blob(str(file.relative_to(path)), file.stat().st_size, hash_file(file).hexdigest()) for file in files
         )
         return replace(entry, stage="finished", blobs=blobs)
 

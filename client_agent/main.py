@@ -47,7 +47,7 @@ def configure_logs(*, json_format: bool) -> None:
     )
 
 
-def run(home: Home, *, json_logs: bool) -> None:
+def run(home: Home, *, json_logs: bool, insecure_loopback: bool = False) -> None:
     """Runs the daemon until SIGTERM or SIGINT.
 
     SiteConfigInvalid, Unauthenticated (not enrolled), Conflict (another agent runs in this home).
@@ -55,7 +55,7 @@ def run(home: Home, *, json_logs: bool) -> None:
     configure_logs(json_format=json_logs)
     with home.locked():
         home.create()
-        asyncio.run(_serve(home))
+        asyncio.run(_serve(home, insecure_loopback=insecure_loopback))
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,12 @@ class Agent:
     metrics: AgentMetrics
 
 
-def compose(home: Home, site: SiteSettings, *, gpu: str, rows: dict[str, int]) -> Agent:
+def compose(
+    home: Home, site: SiteSettings, *, gpu: str, rows: dict[str, int], insecure_loopback: bool = False
+) -> Agent:
     """Unauthenticated when this agent has not been enrolled."""
     waiting = Waiting()
-    session = Session(home, waiting=waiting)
+    session = Session(home, waiting=waiting, insecure_loopback=insecure_loopback)
     metrics = AgentMetrics(version=facts.agent_version())
     runner = Runner(log_directory=home.log, idle_seconds=site.device.idle_seconds)
     stages = Stages(home=home, settings=site, session=session, runner=runner, metrics=metrics, gpu=gpu, rows=rows)
@@ -79,10 +81,11 @@ def compose(home: Home, site: SiteSettings, *, gpu: str, rows: dict[str, int]) -
     return Agent(daemon, runner, session, metrics)
 
 
-async def _serve(home: Home) -> None:
+async def _serve(home: Home, *, insecure_loopback: bool) -> None:
     site = settings.load(home.site_file)
     gpu = await asyncio.to_thread(facts.gpu_name)
-    agent = compose(home, site, gpu=gpu, rows=await asyncio.to_thread(facts.count_rows, home, site))
+    rows = await asyncio.to_thread(facts.count_rows, home, site)
+    agent = compose(home, site, gpu=gpu, rows=rows, insecure_loopback=insecure_loopback)
     identity = agent.session.identity
     http, address = await serve(site.http.address, metrics=agent.metrics, not_ready=agent.daemon.not_ready)
     device = facts.choose_device(site.device, gpu=gpu)

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from client_agent.hashing import hash_file
 from client_agent.taskdir import write_json
 from protos import tensors
-from protos.digests import base_model_digest, new_hasher
+from protos.digests import base_model_digest
 from protos.errors import AlreadyExists, InvalidInput, NotFound, SilotuneError, Unavailable
 
 WEIGHTS = "*.safetensors"
@@ -134,7 +135,7 @@ def inspect_directory(name: str, directory: Path, *, on_file: OnFile = lambda na
     for entry in names:
         on_file(entry)
         path = directory / entry
-        digests.append((entry, path.stat().st_size, new_hasher().update_mmap(path).hexdigest()))
+        digests.append((entry, path.stat().st_size, hash_file(path).hexdigest()))
         if entry.endswith(".safetensors"):
             parameters += _count_parameters(path)
     try:

@@ -17,6 +17,9 @@ CALL_TIMEOUT_SECONDS = 30
 # The longest pause bounds how late an agent notices that its coordinator is back.
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.25, 10.0
 
+TLS_FAILED = "the TLS handshake failed"
+NOT_OF_OUR_CA = "its certificate was not issued by this federation's CA"
+
 Answer = TypeVar("Answer")
 
 
@@ -33,7 +36,8 @@ def from_rpc_error(error: Any) -> SilotuneError:
     found = from_details(code, error.details() or "", packed)
     # A broken connection may also show as INTERNAL or UNKNOWN; the coordinator's own errors always have details.
     if packed is None and (isinstance(found, Unavailable) or code in ("INTERNAL", "UNKNOWN")):
-        return Unavailable(f"The coordinator cannot be reached: {_plain(code, error.details() or '')}.")
+        why = _plain(code, error.details() or "")
+        return Unavailable(f"The coordinator cannot be reached: {why}.", hint="`silotune-agent check` finds out more.")
     return found
 
 
@@ -42,7 +46,7 @@ def _plain(code: str, details: str) -> str:
     if code == "DEADLINE_EXCEEDED":
         return "it did not answer in time"
     known = {
-        "CERTIFICATE_VERIFY_FAILED": "its certificate was not issued by this federation's CA",
+        "CERTIFICATE_VERIFY_FAILED": NOT_OF_OUR_CA,
         "Connection refused": "nothing listens at its address",
         "Hostname Verification Check failed": "its certificate is for another host name",
         "Peer name": "its certificate is for another host name",
@@ -53,8 +57,8 @@ def _plain(code: str, details: str) -> str:
         "No route to host": "there is no route to its host",
         "Socket closed": "it closed the connection",
         "Connection reset": "the connection was reset",
-        "Handshake": "the TLS handshake failed",
-        "handshake failed": "the TLS handshake failed",
+        "Handshake": TLS_FAILED,
+        "handshake failed": TLS_FAILED,
     }
     for mark, words in known.items():
         if mark in details:

@@ -14,9 +14,10 @@ import grpc
 import structlog
 
 from client_agent import identity as identities
-from client_agent import rpc
+from client_agent import insecure, rpc
 from client_agent.home import Home
 from client_agent.identity import SiteIdentity
+from client_agent.probe import probe
 from protos.channel import CLIENT_OPTIONS
 from protos.errors import SilotuneError
 from protos.v1 import agent_pb2, agent_pb2_grpc
@@ -55,14 +56,19 @@ class Waiting:
 class Session:
     """One channel for the short calls; transfers open their own through `open_channel`."""
 
-    def __init__(self, home: Home, *, waiting: Waiting) -> None:
+    def __init__(self, home: Home, *, waiting: Waiting, insecure_loopback: bool = False) -> None:
         self._home = home
+        self._insecure_loopback = insecure_loopback
         self._waiting = waiting
+        identities.complete_renewal(home.identity)
         self.identity = identities.load(home.identity)
         self._channel: grpc.aio.Channel | None = None
+        self._retired: asyncio.Task[None] | None = None
         self.connected = False
 
     def open_channel(self) -> grpc.aio.Channel:
+        if self._insecure_loopback:
+            return insecure.open_channel(self.identity.coordinator, uri=self.identity.uri)
         return open_channel(self.identity)
 
     async def lease(
@@ -72,6 +78,9 @@ class Session:
 
         `holding` are the ids of the tasks in hand; any other task of this site is granted anew.
         """
+        if not self.connected:
+            # The first answer says whether this agent is welcome; it must not wait for work.
+            wait_seconds = 0.0
         request = agent_pb2.LeaseTaskRequest(agent=agent, holding=holding, wait_seconds=wait_seconds)
         return await self._call("LeaseTask", request, timeout_seconds=wait_seconds + rpc.CALL_TIMEOUT_SECONDS)
 
@@ -92,14 +101,18 @@ class Session:
         self.identity = await asyncio.to_thread(
             identities.install_renewal, directory, key=key, certificate=answer.certificate
         )
-        # Calls in flight on the old channel end by themselves.
-        await self.close(grace_seconds=LEASE_WAIT_SECONDS + rpc.CALL_TIMEOUT_SECONDS)
+        if self._channel is not None:
+            self._retired = asyncio.create_task(_close_later(self._channel))
+            self._channel = None
         return self.identity
 
-    async def close(self, *, grace_seconds: float | None = None) -> None:
+    async def close(self) -> None:
+        """Cuts what is in flight."""
         channel, self._channel = self._channel, None
         if channel is not None:
-            await channel.close(grace=grace_seconds)
+            await channel.close(None)
+        if self._retired is not None:
+            self._retired.cancel()
 
     async def patiently(self, operation: Callable[[], Awaitable[Answer]]) -> Answer:
         """`operation` repeated while its error is a retryable one, with growing pauses."""
@@ -111,13 +124,21 @@ class Session:
             except SilotuneError as error:
                 if not error.retryable:
                     raise
-                self._waiting.say(f"{error} Trying again.")
+                self._waiting.say(f"{await self._in_words(error)} Trying again.")
                 said = True
                 await asyncio.sleep(next(pauses))
             else:
                 if said:
                     self._waiting.clear()
                 return answer
+
+    async def _in_words(self, error: SilotuneError) -> str:
+        """gRPC does not tell a proxy that inspects TLS from any other failed handshake; a look at the port does."""
+        if rpc.TLS_FAILED in error.message or rpc.NOT_OF_OUR_CA in error.message:
+            found = await asyncio.to_thread(probe, self.identity.coordinator, ca_pem=self.identity.ca)
+            if not found.reachable:
+                return f"The coordinator cannot be reached: {found.sentence}."
+        return str(error)
 
     async def _call(self, method: str, request: object, *, timeout_seconds: float = rpc.CALL_TIMEOUT_SECONDS) -> Any:
         try:
@@ -131,3 +152,9 @@ class Session:
             raise
         self.connected = True
         return answer
+
+
+async def _close_later(channel: grpc.aio.Channel) -> None:
+    """Calls in flight are not cut: each has a deadline, and the last of them passes first."""
+    await asyncio.sleep(LEASE_WAIT_SECONDS + rpc.CALL_TIMEOUT_SECONDS)
+    await channel.close(None)

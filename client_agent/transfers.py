@@ -19,9 +19,10 @@ import grpc
 from blake3 import blake3
 
 from client_agent import rpc
+from client_agent.hashing import hash_file
 from client_agent.taskdir import sync_directory
 from protos import frames
-from protos.digests import check_digest, new_hasher
+from protos.digests import check_digest
 from protos.errors import CorruptData, NotFound, OutOfSpace, SilotuneError, Unavailable, WrongOffset
 from protos.v1 import transfer_pb2, transfer_pb2_grpc
 from protos.v1.manifest_pb2 import BlobRef
@@ -98,9 +99,7 @@ def _hash_existing(part: Path, size: int) -> blake3:
     """The digest so far; a part that is longer than the blob is emptied first."""
     if part.stat().st_size > size:
         os.truncate(part, 0)
-    hasher = new_hasher()
-    hasher.update_mmap(part)
-    return hasher
+    return hash_file(part)
 
 
 async def _receive(
@@ -190,17 +189,28 @@ async def upload(
                 break
             try:
                 answer = await _send(channel, path, target, offset=status.committed_size, progress=progress, sent=sent)
+                if answer is None:
+                    answer = await _hear_why(channel, target)
             except (WrongOffset, CorruptData) as error:
                 failure: SilotuneError = error
                 continue
             if answer.sealed:
                 break
-            failure = CorruptData(f"The upload of {blob.digest[:12]} ended at byte {answer.committed_size}, unsealed.")
+            failure = Unavailable(f"The upload ended early, at byte {answer.committed_size} of {blob.size}.")
         else:
             raise failure
     finally:
         await channel.close(None)
     progress(blob.size, blob.size)
+
+
+def _write_call(channel: grpc.aio.Channel) -> Any:
+    write: Any = channel.stream_unary(
+        "/silotune.v1.TransferService/Write",
+        request_serializer=None,
+        response_deserializer=transfer_pb2.WriteResponse.FromString,
+    )
+    return write(None, timeout=STREAM_TIMEOUT_SECONDS)
 
 
 async def _send(
@@ -211,13 +221,9 @@ async def _send(
     offset: int,
     progress: Progress,
     sent: Callable[[int], None],
-) -> transfer_pb2.WriteResponse:
-    write: Any = channel.stream_unary(
-        "/silotune.v1.TransferService/Write",
-        request_serializer=None,
-        response_deserializer=transfer_pb2.WriteResponse.FromString,
-    )
-    call = write(None, timeout=STREAM_TIMEOUT_SECONDS)
+) -> transfer_pb2.WriteResponse | None:
+    """The coordinator's answer; None when it ended the call early and its reason was lost (`_hear_why`)."""
+    call = _write_call(channel)
     try:
         async with _stall_guard() as moved:
             try:
@@ -239,11 +245,30 @@ async def _send(
                         await asyncio.wait({ahead})
                 await call.done_writing()
             except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
-                pass  # The call ended early. Only its own status, below, says why; a failed write does not know.
+                pass  # The call ended early; what its own status says counts, and that is asked for next.
             moved(SEAL_SECONDS)
             return await call
     except grpc.aio.AioRpcError as error:
+        # A write that fails while the coordinator's refusal arrives overwrites that refusal in grpc.aio.
+        if error.code() is grpc.StatusCode.INTERNAL and not error.trailing_metadata():
+            return None
         raise rpc.from_rpc_error(error) from error
+    finally:
+        call.cancel()
+
+
+async def _hear_why(channel: grpc.aio.Channel, target: transfer_pb2.UploadTarget) -> transfer_pb2.WriteResponse:
+    """Opens the upload and sends nothing: the coordinator refuses it as before, with no write to get in the way."""
+    call = _write_call(channel)
+    try:
+        async with asyncio.timeout(QUEUE_SECONDS):
+            await call.write(frames.encode_target(target))
+            await call.done_writing()
+            return await call
+    except grpc.aio.AioRpcError as error:
+        raise rpc.from_rpc_error(error) from error
+    except (TimeoutError, asyncio.InvalidStateError):
+        raise Unavailable("The coordinator ended an upload and does not say why.") from None
     finally:
         call.cancel()
 

@@ -205,8 +205,8 @@ The operator's certificate is in    {target}
 
 Next:
   silotune-coordinator serve{named}
-  silotune{as_operator} site invite st-olav      # prints the token for the site's administrator
-  silotune{as_operator} job submit recipe.toml
+  silotune site invite st-olav{as_operator}      # prints the token for the site's administrator
+  silotune job submit recipe.toml{as_operator}
 
 Agents dial {host}. Keep {data / ca.KEY_FILE} secret: who has it can be anybody."""
 

@@ -27,41 +27,10 @@ from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
-from protos.errors import (
-    AlreadyExists,
-    Conflict,
-    CorruptData,
-    Forbidden,
-    Internal,
-    InvalidInput,
-    NotFound,
-    OutOfSpace,
-    SilotuneError,
-    Unauthenticated,
-    Unavailable,
-    WrongOffset,
-)
+from protos.errors import EXIT_CODES, Internal, InvalidInput, OutOfSpace, SilotuneError
 
-EXIT_CODES: dict[type[SilotuneError], int] = {
-    InvalidInput: 3,
-    NotFound: 4,
-    AlreadyExists: 5,
-    Conflict: 5,
-    Unauthenticated: 6,
-    Forbidden: 6,
-    Unavailable: 7,
-    WrongOffset: 7,
-    OutOfSpace: 8,
-    CorruptData: 8,
-    Internal: 9,
-    SilotuneError: 9,
-}
 # Columns of a table that goes into a file or a pipe, where nobody's window cuts it off.
 PIPE_WIDTH = 160
-
-
-def exit_code(error: SilotuneError) -> int:
-    return next(EXIT_CODES[cls] for cls in type(error).__mro__ if cls in EXIT_CODES)
 
 
 class Output:
@@ -93,7 +62,7 @@ class Output:
             click.echo(text, err=True)
 
     def fail(self, error: SilotuneError) -> int:
-        code = exit_code(error)
+        code = EXIT_CODES[error.code]
         if self.as_json:
             data = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
             self._envelope(data, status="error", exit_code=code)

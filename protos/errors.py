@@ -125,6 +125,21 @@ def all_errors() -> list[type[SilotuneError]]:
     return found
 
 
+# The exit code of every command that ends with an error, by gRPC code name. 0: done; 1: the work failed; 2: usage.
+EXIT_CODES: dict[str, int] = {
+    "INVALID_ARGUMENT": 3,
+    "NOT_FOUND": 4,
+    "ALREADY_EXISTS": 5,
+    "FAILED_PRECONDITION": 5,
+    "UNAUTHENTICATED": 6,
+    "PERMISSION_DENIED": 6,
+    "ABORTED": 7,
+    "UNAVAILABLE": 7,
+    "DATA_LOSS": 8,
+    "RESOURCE_EXHAUSTED": 8,
+    "INTERNAL": 9,
+}
+
 # What a transport failure without our details means to the caller, by gRPC code name.
 BY_CODE: dict[str, type[SilotuneError]] = {
     "UNAVAILABLE": Unavailable,

@@ -158,7 +158,7 @@ def _text(record: _Record, *, source: _Source) -> str:
         return ""
     if not isinstance(value, str):
         raise source.wrong(
-            f"column {source.data_set.text!r} holds a {type(value).__name__} where a text is expected.",
+            f"column {source.data_set.text!r} holds {type(value).__name__} values where texts are expected.",
             row=record.row,
             hint=f"Set text under [data.{source.name}] in site.toml to the column with the texts.",
         )

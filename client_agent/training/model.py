@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from client_agent.training.classification import TextClassification
 from protos import jobspec
@@ -46,6 +47,9 @@ def build(spec: jobspec.JobSpec, *, task: TextClassification, base_model_path: P
     InvalidInput: the directory is no such model, or the recipe asks for layers, positions or targets that it lacks.
     """
     name = spec.base_model.name if spec.base_model else ""
+    # What the base model lacks is dealt with below; the library's report of it would be most of the log.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(base_model_path, **LOCAL_ONLY)
         _cut_layers(config, spec, name=name)
@@ -56,7 +60,7 @@ def build(spec: jobspec.JobSpec, *, task: TextClassification, base_model_path: P
             base_model_path, config=config, **LOCAL_ONLY, use_safetensors=True, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         traceback.print_exc()
         raise InvalidInput(
             f"The base model {name!r} cannot be loaded for this task ({type(error).__name__}).",
@@ -141,8 +145,10 @@ def _with_adapters(
             f"The base model {name!r} has no layers named {', '.join(method.targets)} that can take an adapter.",
             hint=f"Choose targets under [method] in the recipe from: {', '.join(linear)}.",
         ) from error
-    # The name, not the site's path: it goes into adapter_config.json.
-    adapted.peft_config["default"].base_model_name_or_path = name
+    # adapter_config.json shall name the base model, not the site's path, and have one content: sets have no order.
+    written: Any = adapted.peft_config["default"]
+    written.base_model_name_or_path = name
+    written.target_modules = sorted(written.target_modules)
     return adapted
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -28,29 +29,37 @@ class Cancelled(Exception):
     """The daemon wants no more of this task."""
 
 
+@dataclass(frozen=True)
+class Run:
+    directory: Path
+    received: float  # time.monotonic()
+    # Each run has its own, so that a cancel that comes too late does not hit the next one.
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
 class Control:
     """The daemon's commands, read by a thread, and the events for it."""
 
     def __init__(self, *, commands: TextIO, events: TextIO) -> None:
         self._commands = commands
         self._events = events
-        self._runs: queue.Queue[tuple[Path, threading.Event] | None] = queue.Queue()
-        # Belongs to the latest run, so that a cancel that comes too late does not hit the next one.
-        self._cancelled = threading.Event()
+        self._runs: queue.Queue[Run | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
+        latest: Run | None = None
         for line in self._commands:
             command = json.loads(line)
             if "run" in command:
-                self._cancelled = threading.Event()
-                self._runs.put((Path(command["run"]), self._cancelled))
-            elif command.get("cancel"):
-                self._cancelled.set()
-        self._cancelled.set()
+                latest = Run(Path(command["run"]), time.monotonic())
+                self._runs.put(latest)
+            elif command.get("cancel") and latest:
+                latest.cancelled.set()
+        if latest:
+            latest.cancelled.set()
         self._runs.put(None)
 
-    def runs(self) -> Iterator[tuple[Path, threading.Event]]:
+    def runs(self) -> Iterator[Run]:
         while (run := self._runs.get()) is not None:
             yield run
 
@@ -83,23 +92,18 @@ def main() -> None:
     control = Control(commands=sys.stdin, events=events)
     # Not before standard output is safe; and the daemon's first command need not wait for it.
     import torch
-    import transformers
 
     from client_agent.training.tasks import Warm, Work
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     warm = Warm()
-    for directory, cancelled in control.runs():
-        began = time.monotonic()
+    for run in control.runs():
         try:
-            report = Progress(control=control, cancelled=cancelled)
-            work = Work(read_spec(directory), directory, warm, report, began)
-            write_result(directory, work.run())
+            report = Progress(control=control, cancelled=run.cancelled)
+            work = Work(read_spec(run.directory), run.directory, warm, report, run.received)
+            write_result(run.directory, work.run())
         except Cancelled:
             control.say("cancelled")
         except SilotuneError as error:
-            print(error, file=sys.stderr)
             control.say("failed", reason=without_content(error), hint=error.hint)
         except torch.OutOfMemoryError:
             warm.clear()
@@ -110,7 +114,8 @@ def main() -> None:
             )
         except OSError as error:
             traceback.print_exc()
-            control.say("failed", reason=f"The trainer could not use its disk: {error.strerror}.", hint="")
+            reason = error.strerror or type(error).__name__
+            control.say("failed", reason=f"The trainer could not use its disk: {reason}.", hint="")
         except Exception as error:
             # Its text may quote a sample, so only the kind leaves the site. What is warm may be half changed.
             traceback.print_exc()

@@ -177,10 +177,11 @@ class AgentService:
         else:
             checked = await self._check(task, request.succeeded)
             if isinstance(checked, str):
-                return await self._reject(task, request.succeeded, reason=checked)
+                await self._reject(task, request.succeeded, reason=checked)
+                return self._answer(Fate.REJECTED, checked, request=request, site=site)
             result = checked
         fate, reason = await asyncio.to_thread(work.finish, task_id, site=site, generation=generation, result=result)
-        return self._fate(fate, reason, site=site, task_id=task_id)
+        return self._answer(fate, reason, request=request, site=site)
 
     async def _check(self, task: Task, succeeded: pb.Succeeded) -> Result | str:
         """The result, or why it is rejected. A repeat that comes while a large update is still read waits for that."""
@@ -194,7 +195,7 @@ class AgentService:
             check.add_done_callback(lambda _: self._checks.pop(key, None))
         return await asyncio.shield(check)
 
-    async def _reject(self, task: Task, succeeded: pb.Succeeded, *, reason: str) -> pb.FinishTaskResponse:
+    async def _reject(self, task: Task, succeeded: pb.Succeeded, *, reason: str) -> None:
         blob = succeeded.manifest.blob
         await asyncio.to_thread(
             self._store.work.reject,
@@ -204,11 +205,11 @@ class AgentService:
             result=Result(digest=blob.digest[:64], size=blob.size),
             reason=reason,
         )
-        return self._fate(Fate.REJECTED, reason, site=task.site, task_id=task.id)
 
-    def _fate(self, fate: Fate, reason: str, *, site: str, task_id: str) -> pb.FinishTaskResponse:
-        self._metrics.updates.labels(fate=fate.value.lower()).inc()
-        _log.info(f"a result was {fate.value.lower()}", site=site, task=task_id, reason=reason)
+    def _answer(self, fate: Fate, reason: str, *, request: pb.FinishTaskRequest, site: str) -> pb.FinishTaskResponse:
+        if request.succeeded.HasField("manifest"):
+            self._metrics.updates.labels(fate=fate.value.lower()).inc()
+        _log.info(f"a result was {fate.value.lower()}", site=site, task=request.task_id, reason=reason)
         return pb.FinishTaskResponse(fate=f"FATE_{fate.value}", reason=reason)
 
     # --- staying enrolled

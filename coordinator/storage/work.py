@@ -64,14 +64,19 @@ class Work:
         """
         tasks, jobs = schema.tasks, schema.jobs
         free = and_(tasks.c.state.in_((TaskState.QUEUED.value, *_LIVE)), tasks.c.id.not_in(tuple(holding)))
+        next_task = (
+            select(tasks, jobs.c.service_seconds)
+            .join(jobs, jobs.c.id == tasks.c.job_id)
+            .where(tasks.c.site == site, free, jobs.c.state == JobState.RUNNING.value)
+            .order_by(_PRIORITY, jobs.c.created_unix_seconds, tasks.c.queued_at, tasks.c.id)
+            .limit(1)
+        )
+        # Every waiting agent looks each second: without work that must not cost the write lock.
+        with self._database.read() as connection:
+            if connection.execute(next_task).first() is None:
+                return None
         with self._database.write() as connection:
-            row = connection.execute(
-                select(tasks, jobs.c.service_seconds)
-                .join(jobs, jobs.c.id == tasks.c.job_id)
-                .where(tasks.c.site == site, free, jobs.c.state == JobState.RUNNING.value)
-                .order_by(_PRIORITY, jobs.c.created_unix_seconds, tasks.c.queued_at, tasks.c.id)
-                .limit(1)
-            ).first()
+            row = connection.execute(next_task).first()
             if row is None:
                 return None
             connection.execute(

@@ -100,6 +100,7 @@ async def test_a_renewal_cut_between_its_two_renames_is_completed_at_the_next_st
     new_key = identity.new_key_for_renewal(tmp_path)
     certificate = coordinator.authority.sign(identity.make_csr(new_key, name="st-olav"), name="st-olav")
     (tmp_path / CERTIFICATE).write_bytes(certificate)
+    identity.complete_renewal(tmp_path)
     renewed = identity.load(tmp_path)
     assert (renewed.key, renewed.certificate) == (new_key, certificate)
     assert renewed.key != old.key
@@ -108,6 +109,10 @@ async def test_a_renewal_cut_between_its_two_renames_is_completed_at_the_next_st
 async def test_a_key_whose_renewal_never_came_changes_nothing(tmp_path: Path, coordinator: Coordinator) -> None:
     old = await enroll(tmp_path, coordinator)
     identity.new_key_for_renewal(tmp_path)
+    identity.complete_renewal(tmp_path)
+    assert identity.load(tmp_path) == old
+    (tmp_path / "key.pem.new").write_bytes(b"half a key")
+    identity.complete_renewal(tmp_path)
     assert identity.load(tmp_path) == old
 
 

@@ -52,12 +52,13 @@ async def test_a_model_is_fetched_trained_and_handed_in(home: Home, coordinator:
     coordinator.add_task(task(round=3), model=MODEL)
     async with running(home) as agent:
         finish = await finish_of(coordinator)
-        await coordinator.until(lambda: agent.daemon.not_ready() == "")
+        # The task directory is the journal: it goes only after the coordinator's answer.
+        await coordinator.until(lambda: not list(home.tasks.iterdir()))
+        assert agent.daemon.not_ready() == ""
     done = finish.succeeded
     assert coordinator.sealed[done.manifest.blob.digest] != MODEL
     assert (done.manifest.base_version, done.examples, done.steps) == (2, 107, 4)
     assert {"fetch", "train", "save", "upload", "first_step"} <= set(done.seconds)
-    assert not list(home.tasks.iterdir())
     metrics = agent.metrics.registry
     assert metrics.get_sample_value("silotune_transfer_bytes_total", {"direction": "down"}) == len(MODEL)
     finished = {"kind": "train", "outcome": "succeeded"}
@@ -96,7 +97,7 @@ async def test_a_base_model_that_the_site_does_not_hold_is_declined(home: Home, 
 
 
 async def test_a_kind_of_task_from_a_newer_coordinator_is_declined(home: Home, coordinator: Coordinator) -> None:
-    coordinator.add_task(task(kind="train", **{"id": "new"}))
+    coordinator.add_task(task(kind="train", id="new"))
     coordinator.tasks[0].kind = 77
     async with running(home):
         finish = await finish_of(coordinator)

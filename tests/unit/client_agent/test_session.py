@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ from client_agent.home import Home
 from client_agent.session import Session, Waiting
 from protos.errors import NotFound, Unauthenticated, Unavailable
 from protos.v1 import agent_pb2
-from tests.unit.client_agent.coordinator_in_memory import Coordinator
+from tests.unit.client_agent.coordinator_in_memory import Authority, Coordinator
 from tests.unit.client_agent.work_to_do import task
 
 
@@ -63,6 +64,7 @@ async def test_an_unreachable_coordinator_is_explained_without_library_jargon(
     with pytest.raises(Unavailable) as error:
         await session.heartbeat(agent_pb2.HeartbeatRequest())
     assert error.value.message == "The coordinator cannot be reached: nothing listens at its address."
+    assert "silotune-agent check" in error.value.hint
     await session.close()
 
 
@@ -94,3 +96,16 @@ def test_pauses_grow_to_a_bound_and_are_never_zero() -> None:
     pauses = list(itertools.islice(rpc.delays(), 20))
     assert all(0 < pause <= rpc.LONGEST_DELAY_SECONDS for pause in pauses)
     assert pauses[0] <= rpc.FIRST_DELAY_SECONDS < rpc.LONGEST_DELAY_SECONDS / 2 <= pauses[-1]
+
+
+async def test_a_proxy_that_inspects_tls_is_named_while_it_is_waited_for(home: Home, coordinator: Coordinator) -> None:
+    (home.identity / identity.CA).write_bytes(Authority("ours").pem)
+    waiting = Waiting()
+    session = Session(home, waiting=waiting)
+    trying = asyncio.create_task(
+        session.patiently(lambda: session.lease(agent_pb2.AgentInfo(), holding=[], wait_seconds=0))
+    )
+    await coordinator.until(lambda: waiting.sentence)
+    trying.cancel()
+    assert "was issued by 'test federation', not by this federation; a proxy that inspects TLS" in waiting.sentence
+    await session.close()

@@ -42,7 +42,9 @@ def test_of_a_signing_request_only_the_key_is_used(authority: ca.CertificateAuth
     assert leaf.public_key() == key.public_key()
     assert names(issued.pem).get_values_for_type(x509.UniformResourceIdentifier) == [ST_OLAV.uri]
     assert leaf.subject.rfc4514_string() == "CN=st-olav"
-    assert list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
+        ExtendedKeyUsageOID.CLIENT_AUTH
+    ]
     leaf.verify_directly_issued_by(authority.certificate)
     assert issued.serial == f"{leaf.serial_number:x}"
 

@@ -7,8 +7,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from coordinator.terminal import EXIT_CODES, Output, exit_code, with_output
-from protos.errors import LeaseFenced, NotFound, RecipeInvalid, all_errors
+from coordinator.terminal import Output, with_output
+from protos.errors import EXIT_CODES, LeaseFenced, NotFound, RecipeInvalid, all_errors
 
 
 def run(action, *arguments: str):
@@ -28,8 +28,8 @@ def fails(error: Exception):
 
 
 def test_every_error_has_an_exit_code():
-    assert {exit_code(cls("A sentence.")) for cls in all_errors()} == set(EXIT_CODES.values())
-    assert exit_code(LeaseFenced("A sentence.")) == 5
+    assert {EXIT_CODES[cls.code] for cls in all_errors()} == set(EXIT_CODES.values())
+    assert EXIT_CODES[LeaseFenced.code] == 5
 
 
 def test_an_error_is_two_lines_on_stderr():

@@ -1,4 +1,4 @@
-"""A site in miniature: a random encoder of 32 units with a tokenizer of its own, a few rows, and tasks for the trainer."""
+"""A site in miniature: a random encoder of 32 units with a tokenizer of its own, a few rows, and tasks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from client_agent.training.tasks import Warm, Work
 
 LABELS = ("drug", "lab", "symptom")
 WORDS = {"drug": "aspirin dose tablet", "lab": "sodium count blood", "symptom": "cough pain fever"}
-FILLER = "the patient has been given some more of it since monday".split()
+FILLER = ["the", "patient", "has", "been", "given", "some", "more", "of", "it", "since", "monday"]
 CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "bert": BertConfig,
     "albert": AlbertConfig,

@@ -184,7 +184,7 @@ def test_a_wrong_csv_file_is_explained(tmp_path: Path, content: str, says: str) 
     [
         ('{"text": "x", "label": "no"}\n{"text": \n', "row 2: this is not valid JSON"),
         ("[1]\n", "row 1: this is not a JSON object"),
-        ('{"text": 5, "label": "no"}\n', "row 1: column 'text' holds a int where a text is expected"),
+        ('{"text": 5, "label": "no"}\n', "row 1: column 'text' holds int values where texts are expected"),
         ("[" * 100_000, "row 1: this is not valid JSON"),
         ("", "has an empty file"),
     ],

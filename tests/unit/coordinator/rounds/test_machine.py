@@ -109,6 +109,15 @@ def test_a_round_below_quorum_in_sites_waits_until_its_deadline_and_is_tried_aga
     assert of(again, s.OpenRound) == [s.OpenRound(1, 2, 201.0)]
 
 
+def test_a_job_whose_sites_were_set_aside_fails_at_once_with_their_reasons() -> None:
+    facts = s.Facts(sites("a", "b"), round_(1, s.Phase.SELECTING, ()), set_aside={"a": "no such column"})
+    done = step(job(), facts, 0.0)
+    assert of(done, s.SetJobState) == [s.SetJobState(s.JobState.FAILED)]
+    assert "set aside: a (no such column)" in done.sentence
+    named = spec(cohort={"sites": ["a", "b", "c"], "quorum": 2})
+    assert not step(job(named), facts, 0.0).effects, "c may still enroll"
+
+
 def test_the_draw_of_a_part_of_the_sites_depends_on_seed_and_round_only() -> None:
     recipe = spec(cohort={"size": 2, "quorum": 1, "gather_seconds": 10})
     names = [f"s{number}" for number in range(20)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -93,11 +94,24 @@ class Peer:
             raise ours(error) from error
         return received
 
-    async def write(self, messages: list[bytes]) -> transfer_pb2.WriteResponse:
-        call = self.channel.stream_unary(
-            "/silotune.v1.TransferService/Write", response_deserializer=transfer_pb2.WriteResponse.FromString
-        )
-        return await answer(call(iter(messages), timeout=20))
+    async def write(self, messages: Iterable[bytes]) -> transfer_pb2.WriteResponse:
+        """An upload by gRPC's synchronous client: the asyncio one may lose the status of a stream that ended early."""
+
+        def call() -> transfer_pb2.WriteResponse:
+            with grpc.secure_channel(self.address, self.credentials, options=CLIENT_OPTIONS) as channel:
+                write = channel.stream_unary(
+                    "/silotune.v1.TransferService/Write", response_deserializer=transfer_pb2.WriteResponse.FromString
+                )
+                return write(iter(messages), timeout=20)
+
+        try:
+            return await asyncio.to_thread(call)
+        except grpc.RpcError as error:
+            raise ours(error) from error
+
+    def open_write(self) -> OpenWrite:
+        messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        return OpenWrite(messages, asyncio.create_task(self.write(iter(messages.get, None))))
 
     async def upload(self, task: agent_pb2.Task, content: bytes) -> BlobRef:
         blob = BlobRef(digest=digest_of(content), size=len(content))
@@ -118,6 +132,18 @@ class Peer:
             task_id=task.id, generation=task.generation, succeeded=agent_pb2.Succeeded(**succeeded)
         )
         return await self.agent("FinishTask", request)
+
+
+@dataclass
+class OpenWrite:
+    """An upload whose messages a test sends one by one; None ends them."""
+
+    messages: queue.SimpleQueue[bytes | None]
+    outcome: asyncio.Task[transfer_pb2.WriteResponse]
+
+    async def end(self) -> transfer_pb2.WriteResponse:
+        self.messages.put(None)
+        return await self.outcome
 
 
 def manifest(blob: BlobRef, *, base_version: int = 0) -> Manifest:
@@ -144,7 +170,7 @@ async def answer(call: Any) -> Any:
         raise ours(error) from error
 
 
-def ours(error: grpc.aio.AioRpcError) -> SilotuneError:
+def ours(error: Any) -> SilotuneError:
     packed = dict(error.trailing_metadata() or ()).get(DETAILS_KEY)
     return from_details(error.code().name, error.details() or "", packed)
 

@@ -8,7 +8,8 @@ from typing import Any
 import grpc
 import pytest
 from aiohttp import ClientSession
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from structlog.testing import capture_logs
 
 from coordinator import ca
@@ -144,6 +145,32 @@ async def test_calls_are_counted_by_method_and_code(federation: Any):
         text = await response.text()
     assert 'silotune_rpc_seconds_count{code="OK",method="AgentService/LeaseTask"} 1.0' in text
     assert 'silotune_rpc_seconds_count{code="PERMISSION_DENIED",method="OperatorService/ListJobs"} 1.0' in text
+
+
+async def test_reflection_is_off_unless_asked_for_and_then_for_the_operator_only(start: Any):
+    async def listed(peer: Any) -> str:
+        call = reflection_pb2_grpc.ServerReflectionStub(peer.channel).ServerReflectionInfo(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10
+        )
+        try:
+            return " ".join(service.name for service in (await call.read()).list_services_response.service)
+        except grpc.aio.AioRpcError as error:
+            return error.code().name
+
+    federation = await start()
+    assert await listed(federation.operator()) == "UNIMPLEMENTED"
+    federation.stop.set()
+    await asyncio.sleep(0.3)
+    federation = await start(reflection=True)
+    assert "silotune.v1.OperatorService" in await listed(federation.operator())
+    assert await listed(federation.site("st-olav")) == "PERMISSION_DENIED"
+
+
+async def test_health_is_told_by_service(federation: Any):
+    check = health_pb2_grpc.HealthStub(federation.site("st-olav").channel).Check
+    for name in ("", *(service.full_name for service in SERVICES)):
+        answer = await check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_without_tls_the_identity_comes_from_metadata_and_must_still_be_enrolled(start: Any):

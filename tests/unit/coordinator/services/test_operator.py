@@ -89,7 +89,7 @@ async def test_the_best_model_comes_with_its_files_and_evaluations(federation: A
     assert done.fate == agent_pb2.FATE_ACCEPTED
     operator = federation.operator()
     answer = await operator.operator("GetModel", operator_pb2.GetModelRequest(job=task.job_id))
-    assert (answer.version, answer.model, list(answer.files)[0].name) == (0, model, "config.json")
+    assert (answer.version, answer.model, answer.files[0].name) == (0, model, "config.json")
     assert [(e.site, e.examples, dict(e.metrics)) for e in answer.evaluations] == [("st-olav", 5, {"loss": 0.25})]
     assert await operator.read(config.digest) == b"{}"
     with pytest.raises(errors.NotFound, match="no version 7"):

@@ -144,50 +144,51 @@ async def test_an_upload_needs_the_current_lease_of_its_own_task(federation: Any
     assert (await site.write(upload_frames(newer, UPDATE))).sealed
 
 
+async def reach(site: Any, content: bytes, *, offset: int) -> None:
+    """Waits until the coordinator has kept `offset` bytes."""
+    while (await committed(site, content))[0] < offset:
+        await asyncio.sleep(0.02)
+
+
 async def test_an_open_upload_ends_when_its_lease_is_replaced(federation: Any, monkeypatch: Any):
     monkeypatch.setattr("coordinator.services.transfers.LEASE_CHECK_FRAMES", 1)
     site = federation.site("st-olav")
     task = await federation.job_with_version_0(site, content=MODEL)
-    call = site.channel.stream_unary("/silotune.v1.TransferService/Write")(timeout=20)
-    messages = upload_frames(task, UPDATE)
-    for message in messages[:2]:
-        await call.write(message)
+    messages, upload = upload_frames(task, UPDATE), site.open_write()
+    upload.messages.put(messages[0])
+    upload.messages.put(messages[1])
+    await reach(site, UPDATE, offset=FRAME_BYTES)
     await site.lease()
-    with pytest.raises(Exception):  # noqa: B017, PT011  whatever the stream raises first, its status is what counts
-        for message in messages[2:]:
-            await call.write(message)
-            await asyncio.sleep(0.1)
-        await call.done_writing()
-        await call
-    assert (await call.code()).name == "FAILED_PRECONDITION"
+    upload.messages.put(messages[2])
+    with pytest.raises(errors.LeaseFenced):
+        await upload.end()
 
 
 async def test_an_open_upload_ends_when_its_site_is_revoked(federation: Any):
     site = federation.site("st-olav")
     task = await federation.job_with_version_0(site, content=MODEL)
-    call = site.channel.stream_unary("/silotune.v1.TransferService/Write")(timeout=20)
-    messages = upload_frames(task, UPDATE)
-    await call.write(messages[0])
-    await call.write(messages[1])
+    messages, upload = upload_frames(task, UPDATE), site.open_write()
+    upload.messages.put(messages[0])
+    upload.messages.put(messages[1])
+    await reach(site, UPDATE, offset=FRAME_BYTES)
     await federation.operator().operator("RevokeSite", operator_pb2.RevokeSiteRequest(name="st-olav"))
     await asyncio.sleep(1.1)
-    await call.write(messages[2])
-    assert (await call.code()).name == "UNAUTHENTICATED"
+    upload.messages.put(messages[2])
+    with pytest.raises(errors.Unauthenticated, match="revoked"):
+        await upload.end()
 
 
 async def test_the_newer_of_two_writers_goes_on_and_nothing_is_mixed(federation: Any):
     site = federation.site("st-olav")
     task = await federation.job_with_version_0(site, content=MODEL)
-    messages = upload_frames(task, UPDATE)
-    stuck = site.channel.stream_unary("/silotune.v1.TransferService/Write")(timeout=20)
-    await stuck.write(messages[0])
-    await stuck.write(messages[1])
-    while (await committed(site, UPDATE))[0] < FRAME_BYTES:
-        await asyncio.sleep(0.02)
+    messages, stuck = upload_frames(task, UPDATE), site.open_write()
+    stuck.messages.put(messages[0])
+    stuck.messages.put(messages[1])
+    await reach(site, UPDATE, offset=FRAME_BYTES)
     assert (await site.write(upload_frames(task, UPDATE, offset=FRAME_BYTES))).sealed
-    await stuck.write(messages[2])
-    await stuck.done_writing()
-    assert (await stuck.code()).name == "FAILED_PRECONDITION"
+    stuck.messages.put(messages[2])
+    with pytest.raises(errors.Conflict, match="Another connection"):
+        await stuck.end()
 
 
 async def test_the_disk_reserve_and_the_largest_size_are_kept(start: Any):
@@ -219,10 +220,12 @@ async def test_a_silent_stream_gives_its_turn_back_and_keeps_its_bytes(start: An
     federation = await start(transfers=Transfers(max_transfers=1))
     site = federation.site("st-olav")
     task = await federation.job_with_version_0(site, content=MODEL)
-    silent = site.channel.stream_unary("/silotune.v1.TransferService/Write")(timeout=20)
+    silent = site.open_write()
     for message in upload_frames(task, UPDATE)[:2]:
-        await silent.write(message)
-    assert (await silent.code()).name == "UNAVAILABLE"
+        silent.messages.put(message)
+    with pytest.raises(errors.Unavailable, match="Nothing moved"):
+        await silent.outcome
+    silent.messages.put(None)
     assert await committed(site, UPDATE) == (FRAME_BYTES, False)
     assert (await site.write(upload_frames(task, UPDATE, offset=FRAME_BYTES))).sealed
 

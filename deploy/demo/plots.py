@@ -1,0 +1,174 @@
+"""The report's figures as PNG files, each for a light and for a dark page.
+
+Colours are those of Okabe and Ito (2008, "Color Universal Design"), which people with any kind of colour vision can
+tell apart; what matters is written into the figure as well. Small figures with large type, to be read on a phone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A"
+INK = {"light": "#1F2328", "dark": "#E6E6E6"}
+PAPER = {"light": "#FFFFFF", "dark": "#16191D"}
+WIDTH_INCHES = 6.0
+DOTS_PER_INCH = 150
+# What a site does in a round, in that order. `first_step` overlaps `load` and `train`.
+SITE_STAGES = {"fetch": SKY, "load": YELLOW, "train": GREEN, "save": PURPLE, "upload": BLUE}
+
+Report = Mapping[str, Any]
+
+
+def draw(report: Report, *, directory: Path) -> None:
+    """Writes NAME.png and NAME-dark.png for each figure."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, figure_of in FIGURES.items():
+        for theme in ("light", "dark"):
+            with _theme(theme):
+                ending = "" if theme == "light" else "-dark"
+                figure_of(report, INK[theme]).savefig(directory / f"{name}{ending}.png")
+
+
+def accuracy_by_round(report: Report, ink: str) -> Figure:
+    figure, axes = _figure(height_inches=4.0)
+    rounds = report["rounds"]
+    numbers = [0, *(entry["number"] for entry in rounds)]
+    values = [report["accuracy_before_training"], *(entry["accuracy"] for entry in rounds)]
+    best_alone = report["alone_accuracy"][report["best_alone"]]
+    axes.axhline(report["pooled_accuracy"], color=ORANGE, linestyle="--", label="all rows in one place (test)")
+    axes.axhline(best_alone, color=PURPLE, linestyle=":", label=f"best institute alone: {report['best_alone']} (test)")
+    axes.plot(numbers, values, color=BLUE, marker="o", label="federated (validation)")
+    axes.plot(
+        [report["best_round"]], [report["federated_accuracy"]], color=VERMILION, marker="*", markersize=15,
+        linestyle="none", label=f"federated, round {report['best_round']} (test)",
+    )  # fmt: skip
+    axes.set_xlabel("round")
+    axes.set_ylabel("accuracy on held-out passages")
+    axes.set_ylim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="lower right")
+    return figure
+
+
+def federated_against_alone(report: Report, ink: str) -> Figure:
+    alone = sorted(report["alone_accuracy"].items(), key=lambda entry: entry[1])
+    bars = [(f"{name} alone", value, GREY) for name, value in alone]
+    bars += [
+        ("federated", report["federated_accuracy"], BLUE),
+        ("all rows in one place", report["pooled_accuracy"], ORANGE),
+    ]
+    figure, axes = _figure(height_inches=0.8 + 0.34 * len(bars))
+    names, values, colours = zip(*bars, strict=True)
+    drawn = axes.barh(names, values, color=colours)
+    axes.bar_label(drawn, labels=[f"{100 * value:.1f} %" for value in values], padding=3, color=ink)
+    axes.set_xlim(0, 1.12)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("accuracy on the test passages")
+    return figure
+
+
+def who_holds_what(report: Report, ink: str) -> Figure:
+    labels = report["labels"]
+    sites = list(report["alone_accuracy"])
+    holds = report["who_holds_what"]
+    shares = [[holds[site][label] / sum(holds[site].values()) for label in labels] for site in sites]
+    figure, axes = _figure(height_inches=1.6 + 0.36 * len(sites))
+    # Viridis is readable in any colour vision and in grey.
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for row, site in enumerate(sites):
+        for column, label in enumerate(labels):
+            count, share = holds[site][label], shares[row][column]
+            text = str(count) if count else "–"
+            axes.text(
+                column, row, text, ha="center", va="center", color="black" if share > 0.6 else "white", fontsize=9
+            )
+    axes.set_xticks(range(len(labels)), labels, rotation=38, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(sites)), sites)
+    axes.set_xlabel("kind of question")
+    axes.grid(False)
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1), pad=0.02)
+    bar.set_label("share of the institute's rows")
+    return figure
+
+
+def time_by_stage(report: Report, ink: str) -> Figure:
+    figure, axes = _figure(height_inches=4.0)
+    rounds = report["rounds"]
+    numbers = [entry["number"] for entry in rounds]
+    total = [sum(entry["site_seconds"].get(stage, 0.0) for stage in SITE_STAGES) for entry in rounds]
+    bottom = [0.0] * len(rounds)
+
+    def add(values: list[float], label: str, colour: str) -> None:
+        axes.bar(numbers, values, bottom=bottom, label=label, color=colour)
+        bottom[:] = [low + value for low, value in zip(bottom, values, strict=True)]
+
+    for stage, colour in SITE_STAGES.items():
+        add([entry["site_seconds"].get(stage, 0.0) for entry in rounds], f"site: {stage}", colour)
+    collecting = [entry["seconds"].get("collecting", 0.0) for entry in rounds]
+    add([max(0.0, whole - busy) for whole, busy in zip(collecting, total, strict=True)], "waiting for others", GREY)
+    add([entry["seconds"].get("aggregating", 0.0) for entry in rounds], "coordinator: mean", VERMILION)
+    axes.set_xlabel("round")
+    axes.set_ylabel("seconds")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(0, 1.45 * max(bottom, default=1.0) or 1.0)
+    axes.legend(loc="upper center", ncols=3, fontsize=9)
+    return figure
+
+
+def bytes_by_round(report: Report, ink: str) -> Figure:
+    figure, axes = _figure(height_inches=3.4)
+    rounds = report["rounds"]
+    width = 0.38
+    for offset, key, label, colour in (
+        (-width / 2, "bytes_down", "down: the global model, to every site", SKY),
+        (width / 2, "bytes_up", "up: every site's update", BLUE),
+    ):
+        places = [entry["number"] + offset for entry in rounds]
+        axes.bar(places, [entry[key] / 1e6 for entry in rounds], width, label=label, color=colour)
+    axes.set_xlabel("round")
+    axes.set_ylabel("megabytes, all sites together")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(0, 1.3 * max((entry[key] / 1e6 for entry in rounds for key in ("bytes_up", "bytes_down")), default=1))
+    axes.legend(loc="upper center")
+    return figure
+
+
+FIGURES: dict[str, Callable[[Report, str], Figure]] = {
+    "accuracy_by_round": accuracy_by_round,
+    "federated_against_alone": federated_against_alone,
+    "who_holds_what": who_holds_what,
+    "time_by_stage": time_by_stage,
+    "bytes_by_round": bytes_by_round,
+}
+
+
+def _figure(*, height_inches: float) -> tuple[Figure, Axes]:
+    # Without pyplot: no window, no global list of figures.
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches), dpi=DOTS_PER_INCH, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+@contextmanager
+def _theme(theme: str) -> Iterator[None]:
+    ink, paper = INK[theme], PAPER[theme]
+    settings = {
+        "figure.facecolor": paper, "savefig.facecolor": paper, "axes.facecolor": paper, "legend.facecolor": paper,
+        "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink, "ytick.color": ink,
+        "legend.framealpha": 0.9, "legend.edgecolor": "none",
+        "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "axes.axisbelow": True, "grid.color": ink, "grid.alpha": 0.15,
+        "lines.linewidth": 2.0, "font.size": 11, "legend.fontsize": 10,
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):  # type: ignore[arg-type]
+        yield
