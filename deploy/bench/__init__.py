@@ -1,1 +1,0 @@
-"""Benchmarks: what a round costs besides training, next to what the machine permits."""
