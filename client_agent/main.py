@@ -30,7 +30,12 @@ def configure_logs(*, json_format: bool) -> None:
     renderer = (
         structlog.processors.JSONRenderer()
         if json_format
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(),
+            pad_event_to=0,
+            # The default prints the local variables of every frame: keys, tokens, samples.
+            exception_formatter=structlog.dev.plain_traceback,
+        )
     )
     trace = [structlog.processors.format_exc_info] if json_format else []
     structlog.configure(

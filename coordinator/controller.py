@@ -11,6 +11,7 @@ later. A coordinator killed at any line starts again here and repeats at most on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -79,10 +80,8 @@ class Controller:
                     sentence = "the coordinator met a defect in this job and tries again; its log has the trace"
                     await asyncio.to_thread(self.store.jobs.say, job_id, sentence)
             self.last_turn = time.monotonic()
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
-            except TimeoutError:
-                pass
         for command in self._commands.values():
             command.cancel()
         await asyncio.gather(*self._commands.values(), return_exceptions=True)

@@ -43,7 +43,6 @@ from coordinator.storage.blobs import FileBlobStore
 from coordinator.storage.store import Store
 from protos.channel import SERVER_OPTIONS
 from protos.errors import Conflict, InvalidInput
-from protos.identity import Role
 from protos.v1 import agent_pb2, operator_pb2, transfer_pb2
 
 DRAIN_SECONDS = 8.0
@@ -197,7 +196,7 @@ class Coordinator:
         _log.info("stopped")
 
     def _main_server(self, *, insecure: bool) -> grpc.aio.Server:
-        gate = Gate(site_state=self._site_state, insecure=insecure)
+        gate = Gate(site=self._store.sites.get, insecure=insecure)
         server = grpc.aio.server(interceptors=[Outcome(metrics=self._metrics), gate], options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers(
             tuple(handlers(service, answered_by=self._answered_by[service.name]) for service in SERVICES)
@@ -243,10 +242,6 @@ class Coordinator:
         silent_seconds = time.monotonic() - self._controller.last_turn
         stuck = silent_seconds > CONTROLLER_STALE_SECONDS
         return f"the controller has been stuck for {silent_seconds:.0f} s" if stuck else ""
-
-    def _site_state(self, name: str) -> tuple[str, Role] | None:
-        row = self._store.sites.get(name)
-        return None if row is None else (row.state, row.role)
 
 
 def server_certificate(

@@ -78,8 +78,12 @@ class JoinToken:
         body = token.strip().removeprefix(_TOKEN_PREFIX)
         try:
             fields = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
-            return JoinToken(**fields)
-        except (ValueError, TypeError) as error:
+            found = JoinToken(**fields)
+            if not all(isinstance(value, str) for value in asdict(found).values()):
+                raise ValueError("a field is not text")
+            check_name(found.name)
+            return found
+        except (ValueError, TypeError, InvalidInput) as error:
             raise InvalidInput(
                 "This is not a join token, or a part of it is missing.",
                 hint="Copy the whole line that `silotune site invite` printed; it begins with silo1.",

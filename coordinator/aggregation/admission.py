@@ -7,17 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.aggregation.combine import BLOCK_ELEMENTS, DTYPES
+from coordinator.aggregation.combine import BLOCK_ELEMENTS, DTYPES, read_header
 from protos import tensors
 from protos.errors import UpdateRejected
 
 
 def read_layout(path: Path) -> tensors.Layout:
     """The layout of a tensor file. UpdateRejected when its header is not one."""
-    with path.open("rb") as file:
-        first = file.read(8)
-        header = first + file.read(tensors.header_length(first) - 8)
-    return tensors.parse_header(header, file_bytes=path.stat().st_size)
+    return read_header(path)[1]
 
 
 def check_update(path: Path, *, expected: tensors.Layout | None) -> tensors.Layout:

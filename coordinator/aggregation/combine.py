@@ -1,9 +1,9 @@
 """The weighted mean of tensor files, block by block in site order, in constant memory.
 
 For each tensor in canonical order and each block of BLOCK_ELEMENTS: read the block from every update, add weight times
-value in float64, apply the server optimizer, write. So the memory is one block for each of a fixed number of buffers
-(neither the number of sites nor the size of the model is in it), and the sum is the same bit for bit on every run and for every
-order of arrival. BLAKE3 of each input is taken from the bytes that are summed, not from an earlier reading.
+value in float64, apply the server optimizer, write. All updates are read through one buffer, so neither the number of
+sites nor the size of the model is in the memory, and the sum is the same bit for bit on every run and for every order
+of arrival. BLAKE3 of each input is taken from the bytes that are summed, not from an earlier reading.
 """
 
 from __future__ import annotations
@@ -60,19 +60,28 @@ class Combined:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+def read_header(path: Path) -> tuple[bytes, tensors.Layout]:
+    """The bytes before the data section of a tensor file, and its layout. UpdateRejected when it is not one."""
+    with path.open("rb") as file:
+        first = file.read(8)
+        header = first + file.read(tensors.header_length(first) - 8)
+    return header, tensors.parse_header(header, file_bytes=path.stat().st_size)
+
+
 class _Reader:
     """Reads a tensor file once from beginning to end, hashing what it reads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, buffer: bytearray) -> None:
+        """`buffer` is shared by all readers: it holds what was read last by any of them."""
         self._file: BinaryIO = path.open("rb", buffering=0)
         self._hasher = new_hasher()
         first = self._file.read(8)
-        self.header = first + self._file.read(tensors.header_length(first) - 8)
-        self._hasher.update(self.header)
-        self._buffer = bytearray(BLOCK_ELEMENTS * 8)
+        self._hasher.update(first)
+        self._hasher.update(self._file.read(tensors.header_length(first) - 8))
+        self._buffer = buffer
 
     def values(self, count: int, dtype: np.dtype) -> NDArray:
-        """The next `count` values; valid until the next call."""
+        """The next `count` values; valid until the next call to any reader."""
         view = memoryview(self._buffer)[: count * dtype.itemsize]
         filled = 0
         while filled < len(view):
@@ -109,16 +118,17 @@ def combine(
     """
     optimizer = optimizer or NoServerOptimizer(type="none")
     began = time.perf_counter()
-    readers = [_Reader(part.path) for part in inputs]
-    layout = tensors.parse_header(readers[0].header, file_bytes=inputs[0].path.stat().st_size)
+    buffer = bytearray(BLOCK_ELEMENTS * 8)
+    readers = [_Reader(part.path, buffer) for part in inputs]
+    header, layout = read_header(inputs[0].path)
     identity = isinstance(optimizer, NoServerOptimizer)
-    before = None if identity or previous is None else _Reader(previous)
+    before = None if identity or previous is None else _Reader(previous, buffer)
     memory = None if identity or state_output is None else OptimizerState.begin(optimizer, layout, state, state_output)
     hasher = new_hasher()
     total, term = np.empty(BLOCK_ELEMENTS), np.empty(BLOCK_ELEMENTS)
     with output.open("wb") as out:
-        out.write(readers[0].header)
-        hasher.update(readers[0].header)
+        out.write(header)
+        hasher.update(header)
         for tensor in layout.tensors:
             dtype = DTYPES[tensor.dtype]
             for start in range(0, tensor.elements, BLOCK_ELEMENTS):

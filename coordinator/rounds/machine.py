@@ -73,11 +73,11 @@ def _tidy(job: Job, facts: Facts, now: float) -> Transition | None:
             return Transition(
                 (again,), f"{task.site} was not heard of in time: {sentences.work(task)} is offered again"
             )
-        if task.kind is TaskKind.EVALUATE and task.state.open:
-            if now > task.queued_at + job.spec.evaluation.deadline_seconds:
-                reason = f"not evaluated within {sentences.duration(job.spec.evaluation.deadline_seconds)}"
-                end = EndTask(task.id, TaskState.EXPIRED, reason)
-                return Transition((end,), f"version {task.version} was {reason} at {task.site}")
+        limit = job.spec.evaluation.deadline_seconds
+        if task.kind is TaskKind.EVALUATE and task.state.open and now > task.queued_at + limit:
+            reason = f"not evaluated within {sentences.duration(limit)}"
+            end = EndTask(task.id, TaskState.EXPIRED, reason)
+            return Transition((end,), f"version {task.version} was {reason} at {task.site}")
     best = evaluations.best_version(job, facts)
     if best is not None and best != job.best_version:
         return Transition((SetBest(best),), f"version {best} is the best so far by {job.spec.evaluation.metric}")

@@ -23,8 +23,10 @@ import grpc
 import structlog
 from cryptography import x509
 
+from coordinator.ca import BACKDATE
 from coordinator.observe import Metrics
 from coordinator.services.wire import CALLER
+from coordinator.storage.sites import SiteRow
 from protos.errors import (
     DETAILS_KEY,
     Forbidden,
@@ -35,11 +37,10 @@ from protos.errors import (
     Unavailable,
     to_details,
 )
-from protos.identity import Identity, Role, parse_uri
+from protos.identity import INSECURE_IDENTITY_KEY, Identity, Role, parse_uri
 
 REGISTRY_CACHE_SECONDS = 1.0
 # Only for a coordinator that serves without TLS on loopback.
-INSECURE_IDENTITY_KEY = "silotune-insecure-identity"
 
 _SITES = frozenset({Role.SITE, Role.HOUSE})
 _OPERATOR = frozenset({Role.OPERATOR})
@@ -120,15 +121,15 @@ class Gate(grpc.aio.ServerInterceptor):
     def __init__(
         self,
         *,
-        site_state: Callable[[str], tuple[str, Role] | None],
+        site: Callable[[str], SiteRow | None],
         unix_seconds: Callable[[], float] = time.time,
         insecure: bool = False,
     ) -> None:
-        """`site_state(name)` answers (state, role) of the registry row; it may block and runs in a thread."""
-        self._site_state = site_state
+        """`site(name)` answers with the registry row; it may block and runs in a thread."""
+        self._site = site
         self._unix_seconds = unix_seconds
         self._insecure = insecure
-        self._rows: dict[str, tuple[float, tuple[str, Role] | None]] = {}
+        self._rows: dict[str, tuple[float, SiteRow | None]] = {}
 
     async def intercept_service(self, continuation, details):
         handler = await continuation(details)
@@ -137,7 +138,7 @@ class Gate(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _around(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         certificate = _insecure_certificate(context) if self._insecure else _certificate(context)
-        admitted = Admitted(certificate.identity, certificate.not_after_unix_seconds, self)
+        admitted = Admitted(certificate, self)
         # Each call is a task of its own, and so is its context.
         CALLER.set(admitted)
         await admitted.check()
@@ -145,8 +146,9 @@ class Gate(grpc.aio.ServerInterceptor):
             raise Forbidden(f"A certificate of role {admitted.identity.role.value} may not call {method}.")
         yield
 
-    async def check(self, identity: Identity, *, not_after_unix_seconds: float) -> None:
-        if self._unix_seconds() >= not_after_unix_seconds:
+    async def check(self, certificate: _Certificate) -> None:
+        identity = certificate.identity
+        if self._unix_seconds() >= certificate.not_after_unix_seconds:
             raise Unauthenticated(
                 f"The certificate of {identity.name} has expired.",
                 hint="A site enrolls again with a new token; an operator runs `silotune-coordinator operator`.",
@@ -155,20 +157,20 @@ class Gate(grpc.aio.ServerInterceptor):
         if identity.role is Role.OPERATOR:
             return
         row = await self._row(identity.name)
-        if row is None or row[0] == "INVITED" or row[1] is not identity.role:
+        if row is None or row.state == "INVITED" or row.role is not identity.role:
             raise Unauthenticated(
                 f"{identity.name} is not enrolled as {identity.role.value} here.", hint="Enroll with a new token."
             )
-        if row[0] != "ENROLLED":
+        if row.state != "ENROLLED" or certificate.issued_unix_seconds < row.enrolled_unix_seconds - 1:
             raise Unauthenticated(
                 f"The enrollment of {identity.name} was revoked.", hint="The operator can invite the site again."
             )
 
-    async def _row(self, name: str) -> tuple[str, Role] | None:
+    async def _row(self, name: str) -> SiteRow | None:
         now = time.monotonic()
         read_at, row = self._rows.get(name, (float("-inf"), None))
         if now - read_at >= REGISTRY_CACHE_SECONDS:
-            row = await asyncio.to_thread(self._site_state, name)
+            row = await asyncio.to_thread(self._site, name)
             if row is None:
                 self._rows.pop(name, None)
             else:
@@ -180,12 +182,15 @@ class Gate(grpc.aio.ServerInterceptor):
 class Admitted:
     """wire.Caller of one call."""
 
-    identity: Identity
-    not_after_unix_seconds: float
+    certificate: _Certificate
     gate: Gate
 
+    @property
+    def identity(self) -> Identity:
+        return self.certificate.identity
+
     async def check(self) -> None:
-        await self.gate.check(self.identity, not_after_unix_seconds=self.not_after_unix_seconds)
+        await self.gate.check(self.certificate)
 
 
 class RateLimit(grpc.aio.ServerInterceptor):
@@ -218,6 +223,7 @@ class RateLimit(grpc.aio.ServerInterceptor):
 @dataclass(frozen=True)
 class _Certificate:
     identity: Identity
+    issued_unix_seconds: float
     not_after_unix_seconds: float
 
 
@@ -238,13 +244,17 @@ def _read_certificate(pem: bytes) -> _Certificate:
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1:
         raise Unauthenticated("The client certificate does not have exactly one identity.")
-    return _Certificate(parse_uri(uris[0]), certificate.not_valid_after_utc.timestamp())
+    return _Certificate(
+        parse_uri(uris[0]),
+        issued_unix_seconds=(certificate.not_valid_before_utc + BACKDATE).timestamp(),
+        not_after_unix_seconds=certificate.not_valid_after_utc.timestamp(),
+    )
 
 
 def _insecure_certificate(context: grpc.aio.ServicerContext) -> _Certificate:
     for key, value in context.invocation_metadata() or ():
         if key == INSECURE_IDENTITY_KEY:
-            return _Certificate(parse_uri(str(value)), float("inf"))
+            return _Certificate(parse_uri(str(value)), float("inf"), float("inf"))
     raise Unauthenticated(f"This call needs {INSECURE_IDENTITY_KEY} in its metadata.")
 
 

@@ -36,6 +36,8 @@ sites = Table(
     Column("name", String(63), primary_key=True),
     Column("role", String(16), nullable=False),
     Column("state", String(16), nullable=False),  # INVITED -> ENROLLED -> REVOKED
+    # Certificates that were issued before this are of an earlier enrollment and no longer good.
+    Column("enrolled_unix_seconds", Float, nullable=False, default=0.0),
     Column("certificate_serial", String(64), nullable=False, default=""),
     Column("certificate_expires_unix_seconds", Float, nullable=False, default=0.0),
     Column("last_seen_unix_seconds", Float, nullable=False, default=0.0),

@@ -22,6 +22,7 @@ class SiteRow:
     name: str
     role: Role
     state: str  # INVITED -> ENROLLED -> REVOKED
+    enrolled_unix_seconds: float
     last_seen_unix_seconds: float
     certificate_expires_unix_seconds: float
     agent: Mapping[str, Any]
@@ -78,20 +79,21 @@ class Sites:
         identity = self.invited(secret_hash, key_hash=key_hash, now_unix_seconds=now_unix_seconds)
         invitations, sites = schema.invitations, schema.sites
         with self._database.write() as connection:
-            won = connection.execute(
-                update(invitations)
-                .where(invitations.c.secret_hash == secret_hash, invitations.c.used_by_key.in_(("", key_hash)))
-                .values(used_by_key=key_hash)
+            mine = invitations.c.secret_hash == secret_hash
+            first = connection.execute(
+                update(invitations).where(mine, invitations.c.used_by_key == "").values(used_by_key=key_hash)
             )
+            won = connection.execute(select(invitations).where(mine, invitations.c.used_by_key == key_hash)).all()
+            values = {"certificate_serial": serial, "certificate_expires_unix_seconds": expires_unix_seconds}
+            if first.rowcount:
+                values["enrolled_unix_seconds"] = now_unix_seconds
             # A site that was revoked meanwhile must not come back by repeating its enrollment.
             known = connection.execute(
                 update(sites)
                 .where(sites.c.name == identity.name, sites.c.state.in_(("INVITED", "ENROLLED")))
-                .values(
-                    state="ENROLLED", certificate_serial=serial, certificate_expires_unix_seconds=expires_unix_seconds
-                )
+                .values(state="ENROLLED", **values)
             )
-            if won.rowcount != 1 or known.rowcount != 1:
+            if not won or known.rowcount != 1:
                 raise _bad_token("was used already")
         return identity
 
@@ -136,6 +138,7 @@ def _site(row: Row[Any]) -> SiteRow:
         name=row.name,
         role=Role(row.role),
         state=row.state,
+        enrolled_unix_seconds=row.enrolled_unix_seconds,
         last_seen_unix_seconds=row.last_seen_unix_seconds,
         certificate_expires_unix_seconds=row.certificate_expires_unix_seconds,
         agent=row.agent,

@@ -214,7 +214,7 @@ class Views:
         )
 
     def garbage(self) -> list[tuple[str, str]]:
-        """(owner, digest) of uploads that nothing needs any more: their round is over and no version or file is them."""
+        """(owner, digest) of uploads that nothing needs: their round is over, and no version or file is them."""
         uploads, updates, rounds = schema.uploads, schema.updates, schema.rounds
         used = select(schema.versions.c.digest).union(select(schema.files.c.digest))
         pending = (

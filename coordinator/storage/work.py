@@ -22,6 +22,8 @@ HOPELESS = 1000
 # Failed tasks in a row, over rounds, after which a site is set aside.
 SET_ASIDE_AFTER = 3
 _LIVE = (TaskState.LEASED.value, TaskState.RUNNING.value)
+# A lease that ran out, as long as nobody else got the task: its holder may still go on and finish. Generations fence.
+_HELD = (TaskState.QUEUED.value, *_LIVE)
 # What holds up a round goes first.
 _PRIORITY = case({kind.value: place for place, kind in enumerate(TaskKind)}, value=schema.tasks.c.kind)
 
@@ -63,7 +65,7 @@ class Work:
         A task that is leased to the site but that its agent does not hold is granted anew.
         """
         tasks, jobs = schema.tasks, schema.jobs
-        free = and_(tasks.c.state.in_((TaskState.QUEUED.value, *_LIVE)), tasks.c.id.not_in(tuple(holding)))
+        free = and_(tasks.c.state.in_(_HELD), tasks.c.id.not_in(tuple(holding)))
         next_task = (
             select(tasks, jobs.c.service_seconds)
             .join(jobs, jobs.c.id == tasks.c.job_id)
@@ -99,7 +101,7 @@ class Work:
             row = _own(connection, task_id, site=site)
             if row.generation != generation:
                 raise _fenced(task_id)
-            if row.state not in _LIVE:
+            if row.state not in _HELD:
                 return False, row.reason or f"the task is {row.state.lower()}"
             now = _service_seconds(connection, row.job_id)
             moved = _measure(progress) != _measure(row.progress)
@@ -119,7 +121,7 @@ class Work:
         """The task, when this grant of it is the current one and work on it is wanted. LeaseFenced, NotFound."""
         with self._database.read() as connection:
             row = _own(connection, task_id, site=site)
-        if row.generation != generation or row.state not in _LIVE:
+        if row.generation != generation or row.state not in _HELD:
             raise _fenced(task_id)
         return task_of(row)
 
@@ -136,7 +138,7 @@ class Work:
             if row.generation != generation:
                 raise _fenced(task_id)
             task = task_of(row)
-            if task.state.live:
+            if task.state.open:
                 self._end(connection, task, TaskState.SUCCEEDED, "", result=result)
                 fate, reason = _record(connection, task, result)
             else:
@@ -166,7 +168,7 @@ class Work:
             row = _own(connection, task_id, site=site)
             if row.generation != generation:
                 raise _fenced(task_id)
-            if row.state in _LIVE:
+            if row.state in _HELD:
                 task = task_of(row)
                 self._end(connection, task, TaskState.FAILED, reason, failures=row.failures + HOPELESS)
                 _note_failure(connection, task, reason)
@@ -191,7 +193,7 @@ class Work:
         done = connection.execute(
             update(schema.tasks)
             .where(schema.tasks.c.id == task.id, schema.tasks.c.generation == task.generation)
-            .where(schema.tasks.c.state.in_(_LIVE))
+            .where(schema.tasks.c.state.in_(_HELD))
             .values(**values)
         )
         if done.rowcount != 1:

@@ -75,7 +75,7 @@ def _show(console: Console, figures: dict[str, Any]) -> None:
     for kind, floor in figures["floors"].items():
         console.print(
             f"{kind} floor: {floor['seconds']:.2f} s, "
-            f"CPU {floor['server_cpu_seconds']:.2f} s at the server and {floor['client_cpu_seconds']:.2f} s at the clients"
+            f"CPU {floor['server_cpu_seconds']:.2f} s (server) and {floor['client_cpu_seconds']:.2f} s (clients)"
         )
     console.print(
         f"A steady round takes {steady['seconds']:.2f} s: {figures['ratio_to_durable_floor']:.2f} x the durable floor, "

@@ -375,3 +375,28 @@ def test_expired_unknown_and_revoked_invitations_are_refused(store: Store) -> No
         store.sites.redeem("secret of b", key_hash="key", serial="2", expires_unix_seconds=NOW, now_unix_seconds=NOW)
     with pytest.raises(NotFound):
         store.sites.revoke("nobody")
+
+
+def test_a_lease_that_ran_out_still_counts_while_nobody_else_has_the_task(store: Store) -> None:
+    begun(store, "a", "b")
+    task = grant(store, "a").task
+    store.jobs.tick("j", elapsed_seconds=31)
+    drive(store)
+    beat = store.work.heartbeat(task.id, site="a", generation=task.generation, progress={}, lease_seconds=30)
+    assert beat == (True, "")
+    store.jobs.tick("j", elapsed_seconds=31)
+    drive(store)
+    result = Result(digest="a" * 64, size=8, examples=10)
+    assert store.work.finish(task.id, site="a", generation=task.generation, result=result)[0] is s.Fate.ACCEPTED
+
+
+def test_a_new_enrollment_ends_the_certificates_of_the_one_before(store: Store) -> None:
+    enroll(store, "a")
+    assert (before := store.sites.get("a")) is not None and before.enrolled_unix_seconds == NOW
+    store.sites.revoke("a")
+    store.sites.invite("a", role=Role.SITE, secret_hash="2", expires_unix_seconds=NOW + 60, now_unix_seconds=NOW)
+    later = {"serial": "2", "expires_unix_seconds": NOW + 9e6, "now_unix_seconds": NOW + 50}
+    store.sites.redeem("2", key_hash="key", **later)
+    assert (after := store.sites.get("a")) is not None and after.enrolled_unix_seconds == NOW + 50
+    store.sites.redeem("2", key_hash="key", **{**later, "now_unix_seconds": NOW + 55})
+    assert (again := store.sites.get("a")) is not None and again.enrolled_unix_seconds == NOW + 50

@@ -1,4 +1,4 @@
-"""Real fine-tuning through a real federation: other people's data, what is exported, and equality with local training."""
+"""Real fine-tuning through a real federation: other people's data, exports, and equality with local training."""
 
 from __future__ import annotations
 

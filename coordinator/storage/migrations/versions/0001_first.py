@@ -50,6 +50,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=63), nullable=False),
         sa.Column("role", sa.String(length=16), nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
+        sa.Column("enrolled_unix_seconds", sa.Float(), nullable=False),
         sa.Column("certificate_serial", sa.String(length=64), nullable=False),
         sa.Column("certificate_expires_unix_seconds", sa.Float(), nullable=False),
         sa.Column("last_seen_unix_seconds", sa.Float(), nullable=False),

@@ -183,7 +183,12 @@ class Federation:
     addresses: Addresses
     store: Store
     stop: asyncio.Event
+    task: asyncio.Task[None]
     peers: list[Peer] = field(default_factory=list)
+
+    async def shut_down(self) -> None:
+        self.stop.set()
+        await self.task
 
     def peer(
         self,
@@ -272,7 +277,7 @@ class Federation:
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """Starts coordinators on one data directory, one after another: `await start()`, `await start(insecure=True)`."""
-    running: list[tuple[Federation, asyncio.Task[None]]] = []
+    running: list[Federation] = []
 
     async def start_one(*, insecure: bool = False, **changes: Any) -> Federation:
         settings = Settings(
@@ -291,16 +296,15 @@ async def start(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
         if task.done():
             task.result()
         store = Store.open(database_url(settings, tmp_path))
-        federation = Federation(tmp_path, settings, ca.load(tmp_path), ready.result(), store, stop)
-        running.append((federation, task))
+        federation = Federation(tmp_path, settings, ca.load(tmp_path), ready.result(), store, stop, task)
+        running.append(federation)
         return federation
 
     yield start_one
-    for federation, task in running:
+    for federation in running:
         for peer in federation.peers:
             await peer.close()
-        federation.stop.set()
-        await task
+        await federation.shut_down()
         federation.store.close()
 
 

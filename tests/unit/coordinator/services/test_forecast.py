@@ -17,7 +17,7 @@ GB = 10**9
 
 def site(name: str, *, role: Role = Role.SITE, state: str = "ENROLLED", seen: float = NOW, **agent: Any) -> SiteRow:
     said = {"data_sets": [{"name": "notes"}], "base_models": [MINILM], **agent}
-    return SiteRow(name, role, state, seen, NOW + 1e6, said)
+    return SiteRow(name, role, state, 0.0, seen, NOW + 1e6, said)
 
 
 def spec(**changes: Any) -> jobspec.JobSpec:

@@ -91,8 +91,7 @@ async def test_an_upload_survives_a_restart_of_the_coordinator(start: Any):
     site = before.site("st-olav")
     task = await before.job_with_version_0(site, content=MODEL)
     await site.write(upload_frames(task, UPDATE, until=2 * FRAME_BYTES))
-    before.stop.set()
-    await asyncio.sleep(0.3)
+    await before.shut_down()
     after = await start()
     site = after.peer(Identity(Role.SITE, "st-olav"))
     assert await committed(site, UPDATE) == (2 * FRAME_BYTES, False)
@@ -197,8 +196,7 @@ async def test_the_disk_reserve_and_the_largest_size_are_kept(start: Any):
     task = await federation.job_with_version_0(site, content=MODEL)
     with pytest.raises(errors.InvalidInput, match="most allowed"):
         await site.write(upload_frames(task, UPDATE + b"x"))
-    federation.stop.set()
-    await asyncio.sleep(0.3)
+    await federation.shut_down()
     full = await start(storage=Storage(reserve_bytes=1 << 62))
     with pytest.raises(errors.OutOfSpace, match="no room"):
         await full.peer(Identity(Role.SITE, "st-olav")).write(upload_frames(task, UPDATE))
