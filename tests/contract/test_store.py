@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +11,9 @@ from coordinator.rounds.machine import step
 from coordinator.storage.store import Store
 from coordinator.storage.work import Grant, Result
 from protos import jobspec
-from protos.errors import AlreadyExists, Conflict, LeaseFenced, NotFound, Unauthenticated
+from protos.errors import AlreadyExists, Conflict, LeaseFenced
 from protos.identity import Identity, Role
-
-NOW = 1_000_000.0
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store.open(f"sqlite:///{tmp_path}/coordinator.db")
-    yield opened
-    opened.close()
+from tests.contract.conftest import NOW, enroll
 
 
 def recipe(**changes) -> jobspec.JobSpec:
@@ -36,13 +26,6 @@ def recipe(**changes) -> jobspec.JobSpec:
         "evaluation": {"where": []},
     }
     return jobspec.parse({**fields, **changes})
-
-
-def enroll(store: Store, name: str, role: Role = Role.SITE) -> None:
-    secret = f"secret of {name}"
-    store.sites.invite(name, role=role, secret_hash=secret, expires_unix_seconds=NOW + 60, now_unix_seconds=NOW)
-    store.sites.redeem(secret, key_hash="key", serial="1", expires_unix_seconds=NOW + 9e6, now_unix_seconds=NOW)
-    store.sites.see(name, agent={"version": "1"}, now_unix_seconds=NOW)
 
 
 def drive(store: Store, job_id: str = "j") -> str:
@@ -336,47 +319,6 @@ def test_updates_of_committed_rounds_are_garbage_and_versions_are_not(store: Sto
     assert store.uploads.is_named("1" * 64)
 
 
-# --- enrollment
-
-
-def test_of_two_keys_that_race_for_one_token_exactly_one_wins(store: Store) -> None:
-    store.sites.invite("a", role=Role.SITE, secret_hash="h", expires_unix_seconds=NOW + 60, now_unix_seconds=NOW)
-    outcomes: list[str] = []
-
-    def redeem(key: str) -> None:
-        try:
-            store.sites.redeem("h", key_hash=key, serial=key, expires_unix_seconds=NOW, now_unix_seconds=NOW)
-            outcomes.append(key)
-        except Unauthenticated:
-            outcomes.append("refused")
-
-    threads = [threading.Thread(target=redeem, args=(f"key-{number}",)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [outcome for outcome in outcomes if outcome != "refused"]
-    assert len(winners) == 1 and len(outcomes) == 8
-    redeem(winners[0])
-    assert outcomes[-1] == winners[0], "the same key may ask again when its answer was lost"
-
-
-def test_expired_unknown_and_revoked_invitations_are_refused(store: Store) -> None:
-    store.sites.invite("a", role=Role.SITE, secret_hash="h", expires_unix_seconds=NOW + 60, now_unix_seconds=NOW)
-    with pytest.raises(Unauthenticated, match="expired"):
-        store.sites.invited("h", key_hash="k", now_unix_seconds=NOW + 61)
-    with pytest.raises(Unauthenticated, match="not known"):
-        store.sites.invited("x", key_hash="k", now_unix_seconds=NOW)
-    enroll(store, "b")
-    with pytest.raises(AlreadyExists):
-        store.sites.invite("b", role=Role.SITE, secret_hash="i", expires_unix_seconds=NOW, now_unix_seconds=NOW)
-    store.sites.revoke("b")
-    with pytest.raises(Unauthenticated):
-        store.sites.redeem("secret of b", key_hash="key", serial="2", expires_unix_seconds=NOW, now_unix_seconds=NOW)
-    with pytest.raises(NotFound):
-        store.sites.revoke("nobody")
-
-
 def test_a_lease_that_ran_out_still_counts_while_nobody_else_has_the_task(store: Store) -> None:
     begun(store, "a", "b")
     task = grant(store, "a").task
@@ -388,15 +330,3 @@ def test_a_lease_that_ran_out_still_counts_while_nobody_else_has_the_task(store:
     drive(store)
     result = Result(digest="a" * 64, size=8, examples=10)
     assert store.work.finish(task.id, site="a", generation=task.generation, result=result)[0] is s.Fate.ACCEPTED
-
-
-def test_a_new_enrollment_ends_the_certificates_of_the_one_before(store: Store) -> None:
-    enroll(store, "a")
-    assert (before := store.sites.get("a")) is not None and before.enrolled_unix_seconds == NOW
-    store.sites.revoke("a")
-    store.sites.invite("a", role=Role.SITE, secret_hash="2", expires_unix_seconds=NOW + 60, now_unix_seconds=NOW)
-    later = {"serial": "2", "expires_unix_seconds": NOW + 9e6, "now_unix_seconds": NOW + 50}
-    store.sites.redeem("2", key_hash="key", **later)
-    assert (after := store.sites.get("a")) is not None and after.enrolled_unix_seconds == NOW + 50
-    store.sites.redeem("2", key_hash="key", **{**later, "now_unix_seconds": NOW + 55})
-    assert (again := store.sites.get("a")) is not None and again.enrolled_unix_seconds == NOW + 50
