@@ -10,6 +10,7 @@ resumes after the next start, because everything is a row or a blob.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import fcntl
 import os
 import signal
@@ -46,6 +47,8 @@ from protos.errors import Conflict, InvalidInput
 from protos.v1 import agent_pb2, operator_pb2, transfer_pb2
 
 DRAIN_SECONDS = 8.0
+# Of glibc's malloc.h.
+M_ARENA_MAX = -8
 HEALTH_EVERY_SECONDS = 2.0
 # A controller whose last turn is older is stuck.
 CONTROLLER_STALE_SECONDS = 30.0
@@ -89,6 +92,7 @@ async def serve(
         )
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    _use_one_arena()
     with _locked(directory), ThreadPoolExecutor(thread_name_prefix="disk") as disk:
         store = Store.open(database_url(settings, directory))
         try:
@@ -242,6 +246,13 @@ class Coordinator:
         silent_seconds = time.monotonic() - self._controller.last_turn
         stuck = silent_seconds > CONTROLLER_STALE_SECONDS
         return f"the controller has been stuck for {silent_seconds:.0f} s" if stuck else ""
+
+
+def _use_one_arena() -> None:
+    """Keeps glibc from giving each thread a heap of its own, which keeps what it once held: a third of the memory."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_ARENA_MAX, 1)
 
 
 def server_certificate(

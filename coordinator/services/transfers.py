@@ -1,8 +1,9 @@
 """TransferService: bytes in both directions, resumable at any offset (protos/v1/transfer.proto says what is promised).
 
-Who may read a blob is a question to the store, so this file has no policy. Memory is bounded by
-`max_transfers` x 2 batches of frames plus the frame cache: neither the number of sites nor the size of a model is in
-it. While one batch is being hashed and written by a thread, the next is received.
+Who may read a blob is a question to the store, so this file has no policy. `max_transfers` streams are served at a
+time, WAITING_PER_TURN times as many wait for their turn, and further ones are told to come again: neither the number of
+sites nor the size of a model is in the memory. While one batch of frames is hashed and written by a thread, the next is
+received.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from protos.v1 import transfer_pb2 as pb
 
 Answer = TypeVar("Answer")
 
-# Appended together by one hop to a thread.
-BATCH_FRAMES = 4
+# Appended together by one hop to a thread. More than one frame costs memory for each stream and was not faster.
+BATCH_FRAMES = 1
+# Streams that wait for their turn, for each that is served; what a waiting upload has sent is held by gRPC.
+WAITING_PER_TURN = 3
 # The lease is looked at again after so many frames, and the certificate at every frame.
 LEASE_CHECK_FRAMES = 256
 # A peer that neither sends nor takes a frame for so long loses its turn, not its bytes.
@@ -58,6 +61,8 @@ class TransferService:
         self._metrics = metrics
         self._max_blob_bytes = max_blob_bytes
         self._turns = asyncio.Semaphore(max_transfers)
+        self._most_waiting = WAITING_PER_TURN * max_transfers
+        self._waiting = 0
         self._cache = FrameCache(blobs, disk=disk, budget_bytes=frame_cache_bytes)
 
     async def find_missing(self, request: pb.FindMissingRequest, caller: Caller) -> pb.FindMissingResponse:
@@ -82,7 +87,7 @@ class TransferService:
             raise NotFound(f"There is no blob {digest[:16]} that this caller may read.")
         if request.offset > readable.size:
             raise InvalidInput(f"Byte {request.offset} is beyond the end of the blob, which has {readable.size}.")
-        async with self._turns, self._traffic("down", task_id=readable.task_id) as traffic:
+        async with self._turn(), self._traffic("down", task_id=readable.task_id) as traffic:
             offset = request.offset
             ahead = self._frame_ahead(digest, offset=offset, size=readable.size)
             try:
@@ -111,7 +116,7 @@ class TransferService:
         await self._check_lease(target, caller)
         if await self._uploaded(caller, [blob.digest]):
             return pb.WriteResponse(committed_size=blob.size, sealed=True)
-        async with self._turns, self._traffic("up", task_id=target.task_id) as traffic:
+        async with self._turn(), self._traffic("up", task_id=target.task_id) as traffic:
             upload = await self._in_disk(partial(self._blobs.open_upload, owner, blob.digest, size=blob.size))
             try:
                 if upload.offset < blob.size:
@@ -172,6 +177,23 @@ class TransferService:
                 if task_id and traffic.counted_bytes:
                     counted = {f"bytes_{direction}": traffic.counted_bytes}
                     await asyncio.to_thread(partial(self._store.uploads.add_traffic, task_id, **counted))
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One of the streams that are served. Unavailable when too many wait already."""
+        if self._waiting >= self._most_waiting:
+            raise Unavailable(
+                "The coordinator serves as many transfers as it can.", hint="It is tried again by itself."
+            )
+        self._waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     def _in_disk(self, function: Callable[..., Answer], *arguments: object) -> asyncio.Future[Answer]:
         return asyncio.get_running_loop().run_in_executor(self._disk, function, *arguments)

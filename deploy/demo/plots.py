@@ -55,7 +55,7 @@ def accuracy_by_round(report: Report, ink: str) -> Figure:
     axes.set_ylabel("accuracy on held-out passages")
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.legend(loc="lower right")
     return figure
 
@@ -73,8 +73,9 @@ def federated_against_alone(report: Report, ink: str) -> Figure:
     axes.bar_label(drawn, labels=[f"{100 * value:.1f} %" for value in values], padding=3, color=ink)
     axes.set_xlim(0, 1.12)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.set_xlabel("accuracy on the test passages")
+    axes.grid(False, axis="y")
     return figure
 
 
@@ -97,7 +98,7 @@ def who_holds_what(report: Report, ink: str) -> Figure:
     axes.set_yticks(range(len(sites)), sites)
     axes.set_xlabel("kind of question")
     axes.grid(False)
-    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1), pad=0.02)
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1, symbol=" %"), pad=0.02)
     bar.set_label("share of the institute's rows")
     return figure
 
@@ -131,7 +132,7 @@ def bytes_by_round(report: Report, ink: str) -> Figure:
     rounds = report["rounds"]
     width = 0.38
     for offset, key, label, colour in (
-        (-width / 2, "bytes_down", "down: the global model, to every site", SKY),
+        (-width / 2, "bytes_down", "down: the global model, to sites and house agent", SKY),
         (width / 2, "bytes_up", "up: every site's update", BLUE),
     ):
         places = [entry["number"] + offset for entry in rounds]
