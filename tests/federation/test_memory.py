@@ -1,4 +1,4 @@
-"""The coordinator's memory keeps the formula that the README states, whatever the number of sites and the model's size."""
+"""The coordinator's memory keeps the formula that the README states, with more sites and with larger models."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from coordinator.services.transfers import WAITING_PER_TURN
 from coordinator.settings import Storage, Transfers
 from protos import errors, frames
 from protos.digests import digest_of
@@ -210,7 +211,24 @@ async def test_more_streams_than_turns_wait_and_are_all_served(start: Any):
     contents = [tensor_file(fill=fill, elements=700_000) for fill in (1, 2, 3)]
     uploads = [site.upload(task, content) for site, task, content in zip(sites, tasks, contents, strict=True)]
     downloads = [site.read(task.model.digest) for site, task in zip(sites, tasks, strict=True)]
-    await asyncio.gather(*uploads, *downloads)
+    await asyncio.gather(*uploads)
+    await asyncio.gather(*downloads)
+
+
+async def test_streams_beyond_those_that_may_wait_are_told_to_come_again(start: Any):
+    federation = await start(transfers=Transfers(max_transfers=1))
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    silent = [site.open_write() for _ in range(1 + WAITING_PER_TURN)]
+    for stream in silent:
+        stream.messages.put(upload_frames(task, UPDATE)[0])
+    await asyncio.sleep(0.5)
+    with pytest.raises(errors.Unavailable, match="as many transfers as it can"):
+        await site.read(task.model.digest)
+    for stream in silent:
+        stream.messages.put(None)
+    await asyncio.gather(*(stream.outcome for stream in silent), return_exceptions=True)
+    assert await site.read(task.model.digest) == MODEL
 
 
 async def test_a_silent_stream_gives_its_turn_back_and_keeps_its_bytes(start: Any, monkeypatch: Any):
