@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,16 @@ class Controller:
 
     async def run(self) -> None:
         """Returns after `stop`. Commands in flight are ended; they are carried out again after the next start."""
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        for leftover in self.scratch.iterdir():
-            leftover.unlink()
+        # What a killed coordinator was making is made again.
+        await asyncio.to_thread(shutil.rmtree, self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
         await asyncio.to_thread(self.store.jobs.grace, seconds=self.grace_seconds)
         while not self._stopping:
             self._wake.clear()
-            for job_id in await asyncio.to_thread(self.store.jobs.active):
+            active = await asyncio.to_thread(self.store.jobs.active)
+            # A job that rests has no clock: what passes meanwhile must not be added when it goes on.
+            self._ticked = {job_id: at for job_id, at in self._ticked.items() if job_id in active}
+            for job_id in active:
                 try:
                     await self._process.start()
                     await self._drive(job_id)
@@ -96,29 +100,35 @@ class Controller:
             now = time.monotonic()
             elapsed = now - self._ticked.get(job_id, now)
             self._ticked[job_id] = now
-            transition, facts = await asyncio.to_thread(self._step_once, job_id, elapsed)
+            transition, facts, written = await asyncio.to_thread(self._step_once, job_id, elapsed)
             if facts.command is not None:
                 self._start_command(job_id, facts.command, head=facts.round.number - 1 if facts.round else 0)
             if not transition.effects:
                 return
+            if not written:
+                # Something happened meanwhile; the next look at the facts knows it.
+                continue
             log.info(transition.sentence, job=job_id)
             if any(isinstance(effect, (s.QueueTask, s.EndTask, s.SetJobState)) for effect in transition.effects):
                 self.on_work()
-            if any(isinstance(effect, s.Commit) for effect in transition.effects):
+            if any(isinstance(effect, (s.Commit, s.SetJobState)) for effect in transition.effects):
                 self._start_sweep()
         raise RuntimeError(f"job {job_id} took {MAX_STEPS} steps without waiting for anything")
 
-    def _step_once(self, job_id: str, elapsed: float) -> tuple[s.Transition, s.Facts]:
+    def _step_once(self, job_id: str, elapsed: float) -> tuple[s.Transition, s.Facts, bool]:
+        """The decision, the facts behind it, and whether it was written."""
         if elapsed:
             self.store.jobs.tick(job_id, elapsed_seconds=elapsed)
         unix = time.time()
         job, facts, revision = self.store.jobs.facts(job_id, now_unix_seconds=unix)
+        facts = replace(facts, spare_bytes=self.blobs.spare_bytes())
         transition = step(job, facts, job.service_seconds)
+        written = False
         if transition.effects:
-            self.store.jobs.apply(job, transition, revision=revision, now_unix_seconds=unix)
+            written = self.store.jobs.apply(job, transition, revision=revision, now_unix_seconds=unix)
         elif not job.state.ended:
             self.store.jobs.say(job_id, transition.sentence)
-        return transition, facts
+        return transition, facts, written
 
     def _start_sweep(self) -> None:
         """Beside the next round, which must not wait for files to be deleted."""
@@ -158,16 +168,27 @@ class Controller:
             if site:
                 log.error("a stored update is damaged", job=job_id, round=command.round, site=site)
                 damage = "a stored update is damaged"
+                await asyncio.to_thread(self._drop_damaged, command, site)
                 write = partial(jobs.fail_command, job_id, error=damage, corrupt_site=site, **which)
             else:
                 write = partial(jobs.finish_command, job_id, **outcome, **which)
         await asyncio.to_thread(write)
+
+    def _drop_damaged(self, command: s.Command, site: str) -> None:
+        """So that the site is asked for its bytes again."""
+        for part in command.contributions:
+            if part.site == site:
+                self.store.uploads.forget(site, digest=part.digest)
+                self.blobs.delete(part.digest)
 
     async def _aggregate(self, job_id: str, command: s.Command, head: int) -> dict[str, Any]:
         """Runs the worker process and seals what it wrote, before any row names it."""
         job, _, _ = await asyncio.to_thread(self.store.jobs.facts, job_id, now_unix_seconds=time.time())
         previous = await asyncio.to_thread(self.store.jobs.previous, job_id, version=head)
         optimizer = job.spec.aggregation.server_optimizer
+        for part in command.contributions:
+            if self.blobs.size(part.digest) is None:
+                return {"corrupt_site": part.site}
         with tempfile.TemporaryDirectory(dir=self.scratch) as directory:
             output, state_output = Path(directory, "version"), Path(directory, "state")
             has_state = optimizer.type != "none"
@@ -186,6 +207,8 @@ class Controller:
             }
             if has_state:
                 order["previous"] = str(self.blobs.path(previous["digest"]))
+                order["previous_digest"] = previous["digest"]
+                order["state_digest"] = previous["optimizer_digest"]
                 order["state_output"] = str(state_output)
                 if previous["optimizer_digest"]:
                     order["state"] = str(self.blobs.path(previous["optimizer_digest"]))

@@ -126,7 +126,10 @@ class Coordinator:
             )
         )
         self._controller = Controller(
-            store=store, blobs=blobs, scratch=directory / "scratch", on_work=self._doorbell.ring
+            store=store,
+            blobs=blobs,
+            scratch=blob_directory(settings, directory) / "scratch",
+            on_work=self._doorbell.ring,
         )
         self._readiness = observe.Readiness(
             (observe.store_check(store), observe.disk_check(blobs.spare_bytes), self._controller_check)
@@ -272,6 +275,8 @@ def server_certificate(
     ):
         key = ca.new_key()
         issued = authority.issue_server(key, hosts=settings.certificates.hosts, valid_days=days, now=now)
+        # Without a certificate the pair is made anew, so a kill between the two writes leaves none that do not match.
+        path.unlink(missing_ok=True)
         ca.write_private(key_path, ca.key_pem(key))
         path.write_bytes(issued.pem)
     return key_path.read_bytes(), path.read_bytes()

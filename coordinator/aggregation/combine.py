@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from coordinator.aggregation.server_optimizer import OptimizerState, apply
 from protos import tensors
 from protos.digests import new_hasher
+from protos.errors import CorruptData, SilotuneError
 from protos.jobspec import NoServerOptimizer, ServerOptimizer
 
 # 512 KiB of float64: two such buffers and one block of input stay in the second-level cache.
@@ -94,11 +95,18 @@ class _Reader:
         return np.frombuffer(view, dtype=dtype)
 
     def close(self) -> str:
-        """The digest of everything that was read."""
-        rest = self._file.read()
-        self._hasher.update(rest)
+        """The digest of the whole file."""
+        while got := self._file.readinto(self._buffer):  # type: ignore[attr-defined]
+            self._hasher.update(memoryview(self._buffer)[:got])
         self._file.close()
         return self._hasher.hexdigest()
+
+
+def _open(part: Input, buffer: bytearray) -> _Reader:
+    try:
+        return _Reader(part.path, buffer)
+    except (OSError, SilotuneError) as error:
+        raise CorruptUpdate(part.site) from error
 
 
 def combine(
@@ -106,24 +114,34 @@ def combine(
     *,
     output: Path,
     previous: Path | None = None,
+    previous_digest: str = "",
     optimizer: ServerOptimizer | None = None,
     state: Path | None = None,
+    state_digest: str = "",
     state_output: Path | None = None,
 ) -> Combined:
     """Writes sum(weight_k x_k), through the server optimizer where there is one, to `output`; fsyncs it.
 
     `inputs` are in site order and their weights sum to 1. `previous` is the version that they started from and `state`
     the server optimizer's after it (None: zero); both are needed only with an optimizer. CorruptUpdate: an input does
-    not match its digest; nothing may be used of the output then.
+    not match its digest; CorruptData: `previous` or `state` does not. Nothing may be used of the output then.
     """
     optimizer = optimizer or NoServerOptimizer(type="none")
     began = time.perf_counter()
     buffer = bytearray(BLOCK_ELEMENTS * 8)
-    readers = [_Reader(part.path, buffer) for part in inputs]
-    header, layout = read_header(inputs[0].path)
+    readers = [_open(part, buffer) for part in inputs]
+    try:
+        header, layout = read_header(inputs[0].path)
+    except SilotuneError as error:
+        # It was admitted with a good header, so it is the disk's.
+        raise CorruptUpdate(inputs[0].site) from error
     identity = isinstance(optimizer, NoServerOptimizer)
     before = None if identity or previous is None else _Reader(previous, buffer)
-    memory = None if identity or state_output is None else OptimizerState.begin(optimizer, layout, state, state_output)
+    memory = (
+        None
+        if identity or state_output is None
+        else OptimizerState.begin(optimizer, layout, state, state_output, digest=state_digest)
+    )
     hasher = new_hasher()
     total, term = np.empty(BLOCK_ELEMENTS), np.empty(BLOCK_ELEMENTS)
     with output.open("wb") as out:
@@ -152,8 +170,8 @@ def combine(
     for reader, part in zip(readers, inputs, strict=True):
         if reader.close() != part.digest:
             raise CorruptUpdate(part.site)
-    if before is not None:
-        before.close()
+    if before is not None and before.close() != previous_digest:
+        raise CorruptData("The version that the round started from no longer matches its digest.")
     optimizer_digest = memory.finish() if memory is not None else ""
     ended = time.perf_counter()
     return Combined(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from protos import tensors
 from protos.digests import new_hasher
-from protos.errors import Internal
+from protos.errors import CorruptData, Internal
 from protos.jobspec import FedAdam, FedAvgM, FedYogi, ServerOptimizer
 
 FLOAT32_BYTES = 4
@@ -75,7 +75,12 @@ class OptimizerState:
         self._pending: list[tuple[int, NDArray[np.float64]]] = []
 
     @staticmethod
-    def begin(optimizer: ServerOptimizer, layout: tensors.Layout, source: Path | None, target: Path) -> OptimizerState:
+    def begin(
+        optimizer: ServerOptimizer, layout: tensors.Layout, source: Path | None, target: Path, *, digest: str
+    ) -> OptimizerState:
+        """CorruptData when `source` does not match `digest`."""
+        if source is not None and _digest(source) != digest:
+            raise CorruptData("The stored state of the server optimizer no longer matches its digest.")
         return OptimizerState(slots(optimizer), layout, source, target)
 
     def block(self, tensor: tensors.TensorSpec, start: int, count: int) -> dict[str, NDArray[np.float64]]:
@@ -103,6 +108,13 @@ class OptimizerState:
         os.close(self._target)
         if self._source is not None:
             os.close(self._source)
-        hasher = new_hasher()
-        hasher.update_mmap(self._path)
-        return hasher.hexdigest()
+        return _digest(self._path)
+
+
+def _digest(path: Path) -> str:
+    """Read in pieces: a mapped file would count its whole size as memory."""
+    hasher = new_hasher()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            hasher.update(piece)
+    return hasher.hexdigest()

@@ -35,8 +35,10 @@ def carry_out(command: dict[str, Any]) -> dict[str, Any]:
             inputs,
             output=Path(command["output"]),
             previous=path("previous"),
+            previous_digest=command.get("previous_digest", ""),
             optimizer=optimizer,
             state=path("state"),
+            state_digest=command.get("state_digest", ""),
             state_output=path("state_output"),
         )
     except CorruptUpdate as error:

@@ -74,6 +74,8 @@ def contributions(job: Job, updates: Sequence[Update]) -> tuple[Contribution, ..
     raw = {
         update.site: float({"examples": update.examples, "steps": update.steps, "equal": 1}[kind]) for update in chosen
     }
+    if not sum(raw.values()):
+        raw = dict.fromkeys(raw, 1.0)
     cap = max(job.spec.aggregation.max_share, 1 / len(chosen))
     shares = _capped(raw, cap=cap)
     return tuple(Contribution(update.site, update.digest, update.size, shares[update.site]) for update in chosen)
@@ -86,5 +88,6 @@ def _capped(raw: dict[str, float], *, cap: float) -> dict[str, float]:
         capped.update(over)
         rest = sum(raw[site] for site in raw if site not in capped)
         left = 1 - cap * len(capped)
-        shares = {site: cap if site in capped else left * raw[site] / rest for site in raw}
+        equal = 1 / (len(raw) - len(capped)) if len(raw) > len(capped) else 0.0
+        shares = {site: cap if site in capped else left * (raw[site] / rest if rest else equal) for site in raw}
     return shares

@@ -25,7 +25,9 @@ def measure(job: Job, facts: Facts, *, version: int) -> tuple[Effect, ...]:
     if "house" in job.spec.evaluation.where and house:
         places.append(house)
     if "sites" in job.spec.evaluation.where:
-        places += [site.name for site in eligible(job, facts) if site.connected]
+        # The cohort just trained, so it counts as there: after a restart nobody has been heard of yet.
+        cohort = facts.round.cohort if facts.round else ()
+        places += [site.name for site in eligible(job, facts) if site.connected or site.name in cohort]
     return tuple(QueueTask(TaskKind.EVALUATE, version, place, version, VALIDATION) for place in places)
 
 

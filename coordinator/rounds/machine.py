@@ -96,6 +96,10 @@ def _select(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
         # A round that is tried again keeps what was accepted: those sites do not train twice.
         accepted = {update.site for update in facts.updates if update.fate is Fate.ACCEPTED}
         cohort = tuple(sorted({*cohort, *accepted}))
+        # Every update still to come, the state of a server optimizer, and the new version must fit on the disk.
+        needed = (len(set(cohort) - accepted) + 3) * facts.model_bytes
+        if facts.spare_bytes is not None and needed > facts.spare_bytes and now <= round_.deadline_at:
+            return Transition((), sentences.waits_for_disk(facts, round_, needed, now))
         assert job.head_version is not None
         tasks = tuple(
             QueueTask(TaskKind.TRAIN, round_.number, site, job.head_version) for site in cohort if site not in accepted
@@ -211,8 +215,15 @@ def _below_quorum(job: Job, facts: Facts, round_: Round, now: float, *, why: str
 def _aggregate(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     command = facts.command
     assert command is not None
+    # As long again as the round had; a full disk may be cleared meanwhile.
+    limit = round_.deadline_at + job.spec.cohort.round_deadline_seconds
+    given_up = f"given up in {sentences.duration(limit - now)}"
+    if command.state is not CommandState.DONE and now > limit:
+        reason = f"round {round_.number} could not be aggregated: {command.error or 'it took too long'}"
+        return Transition((FailRound(reason), SetJobState(JobState.FAILED)), reason)
     if command.state is CommandState.QUEUED:
-        return Transition((), f"round {round_.number}: the coordinator aggregates {len(command.contributions)} updates")
+        count = len(command.contributions)
+        return Transition((), f"round {round_.number}: the coordinator aggregates {count} updates; {given_up}")
     if command.state is CommandState.DONE:
         version = round_.number
         commit = Commit(version, command.digest, command.size, command.optimizer_digest, command.contributions)
@@ -223,9 +234,8 @@ def _aggregate(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     if command.corrupt_site:
         return _without(job, facts, round_, command.contributions, command.corrupt_site, command.generation, now)
     if now < command.queued_at + COMMAND_RETRY_SECONDS:
-        return Transition(
-            (), f"round {round_.number}: the coordinator could not aggregate and tries again: {command.error}"
-        )
+        trouble = f"the coordinator could not aggregate and tries again: {command.error}"
+        return Transition((), f"round {round_.number}: {trouble}; {given_up}")
     again = Aggregate(command.contributions, command.generation + 1)
     return Transition((again,), f"round {round_.number} is aggregated again after: {command.error}")
 
@@ -259,6 +269,9 @@ def _after_commit(job: Job, facts: Facts, round_: Round, now: float) -> Transiti
         return Transition((test,), f"version {test.version} goes to {test.site} for the one report on test data")
     why = f"{job.spec.evaluation.metric} no longer improved" if stop_early else f"all {job.spec.rounds} rounds are done"
     best = f"; best is version {job.best_version}" if job.best_version is not None else ""
+    untested = next((task.reason for task in facts.tasks if task.split == evaluations.TEST and task.reason), "")
+    if untested:
+        best += f"; the test rows were not evaluated: {untested}"
     return Transition((SetJobState(JobState.COMPLETED),), f"job {job.spec.name} is complete: {why}{best}")
 
 

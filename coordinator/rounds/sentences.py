@@ -91,6 +91,15 @@ def waits_for_sites(job: Job, facts: Facts, round_: Round, now: float) -> str:
     return f"{text}; needs {rules.quorum}, gives up in {duration(round_.deadline_at - now)}"
 
 
+def waits_for_disk(facts: Facts, round_: Round, needed: int, now: float) -> str:
+    have = max(0, facts.spare_bytes or 0)
+    return (
+        f"round {round_.number} waits for room on the coordinator's disk: it needs {needed / 1e9:.1f} GB and has "
+        f"{have / 1e9:.1f} GB above the reserve; the operator can make room within "
+        f"{duration(round_.deadline_at - now)}"
+    )
+
+
 def waits_for_initialiser(job: Job, left: Sequence[SiteFact], round_: Round, now: float) -> str:
     who = left[0].name if left else "a house agent or site to enroll"
     return f"version 0 waits for {who} to connect; given up in {duration(round_.deadline_at - now)}"

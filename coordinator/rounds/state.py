@@ -194,6 +194,9 @@ class Facts:
     set_aside: Mapping[str, str] = field(default_factory=dict)
     # The INIT task's sealed result.
     initial: Contribution | None = None
+    # Size of the head version, and room for blobs at the coordinator; None: not known.
+    model_bytes: int = 0
+    spare_bytes: int | None = None
 
 
 # --- effects: what a step may decide, carried out together in one transaction

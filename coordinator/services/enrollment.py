@@ -7,7 +7,6 @@ all, and whoever enrolls has none yet.
 from __future__ import annotations
 
 import asyncio
-import time
 
 import structlog
 
@@ -34,14 +33,17 @@ class EnrollmentService:
         secret_hash = digest_of(request.token.encode())
         key = request_key(request.csr)
         key_hash = public_key_hash(key)
-        invited = self._store.sites.invited(secret_hash, key_hash=key_hash, now_unix_seconds=time.time())
-        certificate = self._authority.issue_client(key, identity=invited, valid_days=self._client_days, now=utc_now())
+        # One moment in whole seconds, as certificates know them: this one must not seem older than its enrollment.
+        now = utc_now().replace(microsecond=0)
+        unix = now.timestamp()
+        invited = self._store.sites.invited(secret_hash, key_hash=key_hash, now_unix_seconds=unix)
+        certificate = self._authority.issue_client(key, identity=invited, valid_days=self._client_days, now=now)
         identity = self._store.sites.redeem(
             secret_hash,
             key_hash=key_hash,
             serial=certificate.serial,
             expires_unix_seconds=certificate.expires_unix_seconds,
-            now_unix_seconds=time.time(),
+            now_unix_seconds=unix,
         )
         _log.info("a site enrolled", site=identity.name, role=identity.role.value, serial=certificate.serial)
         return pb.EnrollResponse(name=identity.name, certificate=certificate.pem)

@@ -24,6 +24,13 @@ def carry_out(
         return effect.number
     if isinstance(effect, s.SetJobState):
         connection.execute(update(schema.jobs).where(schema.jobs.c.id == job.id).values(state=effect.state.value))
+        if effect.state.ended:
+            tasks = schema.tasks
+            connection.execute(
+                update(tasks)
+                .where(tasks.c.job_id == job.id, tasks.c.state.in_(_OPEN))
+                .values(state=s.TaskState.EXPIRED.value, reason=f"the job has {effect.state.value.lower()}")
+            )
     elif isinstance(effect, s.SetBest):
         connection.execute(update(schema.jobs).where(schema.jobs.c.id == job.id).values(best_version=effect.version))
     elif isinstance(effect, s.SetCohort):
@@ -133,7 +140,9 @@ def _queue(connection: Connection, job: s.Job, effect: s.QueueTask) -> None:
         # The lease ran out: the generation is raised by the next grant, and silence goes on being counted.
         connection.execute(update(tasks).where(tasks.c.id == identifier).values(**fresh))
     else:
-        connection.execute(update(tasks).where(tasks.c.id == identifier).values(**fresh, **start))
+        # A new try after an end: whoever held the old grant must not report it a second time.
+        raised = {"generation": tasks.c.generation + 1}
+        connection.execute(update(tasks).where(tasks.c.id == identifier).values(**fresh, **start, **raised))
 
 
 def _command(connection: Connection, job: s.Job, number: int | None, effect: s.Aggregate) -> None:

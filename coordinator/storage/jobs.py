@@ -255,7 +255,13 @@ def _facts(connection: Connection, job: Row[Any], now_unix_seconds: float) -> s.
     command = connection.execute(
         select(schema.commands).where(schema.commands.c.job_id == job.id, schema.commands.c.round == row.number)
     ).first()
+    head = connection.execute(
+        select(schema.versions.c.size).where(
+            schema.versions.c.job_id == job.id, schema.versions.c.version == job.head_version
+        )
+    ).scalar()
     return s.Facts(
+        model_bytes=head or 0,
         sites=sites,
         round=current,
         tasks=tuple(task_of(r) for r in task_rows),

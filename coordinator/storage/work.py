@@ -141,6 +141,9 @@ class Work:
             if task.state.open:
                 self._end(connection, task, TaskState.SUCCEEDED, "", result=result)
                 fate, reason = _record(connection, task, result)
+            elif _may_be_asked_again(connection, task):
+                # The next attempt of the round will want this very update: the agent keeps it and is asked for it.
+                raise _fenced(task_id)
             else:
                 fate, reason = Fate.DISCARDED, task.reason or "the round closed before this arrived"
                 if task.kind is TaskKind.TRAIN:
@@ -157,7 +160,7 @@ class Work:
                 return
             if row.generation != generation:
                 raise _fenced(task_id)
-            if row.state in _LIVE:
+            if row.state in _HELD:
                 task = task_of(row)
                 self._end(connection, task, state, reason, failures=row.failures + (HOPELESS if final else 1))
                 _note_failure(connection, task, reason, at_once=state is TaskState.DECLINED)
@@ -275,7 +278,9 @@ def _recorded(connection: Connection, row: Row[Any], result: Result) -> tuple[Fa
                 updates.c.job_id == row.job_id, updates.c.round == row.round, updates.c.site == row.site
             )
         ).first()
-        if found is None or (found.fate != Fate.ACCEPTED.value and found.digest != result.digest):
+        if found is None or (found.fate != Fate.ACCEPTED.value and row.state in _HELD):
+            return None
+        if found.digest != result.digest and found.fate != Fate.ACCEPTED.value:
             return None
         if found.digest != result.digest:
             raise AlreadyExists(f"Another update of {row.site} for round {row.round} is recorded already.")
@@ -317,6 +322,14 @@ def _record(connection: Connection, task: Task, result: Result) -> tuple[Fate, s
         connection.execute(schema.standings.delete().where(_standing(task), ~schema.standings.c.set_aside))
         return fate, reason
     return Fate.ACCEPTED, ""
+
+
+def _may_be_asked_again(connection: Connection, task: Task) -> bool:
+    rounds = schema.rounds
+    phase = connection.execute(
+        select(rounds.c.phase).where(rounds.c.job_id == task.job_id, rounds.c.number == task.round)
+    ).scalar()
+    return task.kind is TaskKind.TRAIN and phase in (Phase.SELECTING.value, Phase.COLLECTING.value)
 
 
 def _standing(task: Task):  # type: ignore[no-untyped-def]

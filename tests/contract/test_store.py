@@ -177,6 +177,45 @@ def test_a_late_update_is_discarded_not_rejected(store: Store) -> None:
     assert store.work.finish(late.id, site="c", generation=late.generation, result=result)[0] is s.Fate.DISCARDED
 
 
+def test_an_update_that_comes_between_two_attempts_is_kept_at_the_site_and_counts_in_the_second(store: Store) -> None:
+    begun(store, "a", "b")
+    finish(store, "a", "a")
+    late = grant(store, "b").task
+    store.jobs.tick("j", elapsed_seconds=101)
+    for _ in ("the lease ran out", "the attempt ends"):
+        job, facts, revision = store.jobs.facts("j", now_unix_seconds=NOW)
+        store.jobs.apply(job, step(job, facts, job.service_seconds), revision=revision, now_unix_seconds=NOW)
+    result = Result(digest="c" * 64, size=8, examples=10, steps=1)
+    with pytest.raises(LeaseFenced):
+        store.work.finish(late.id, site="b", generation=late.generation, result=result)
+    drive(store)
+    again = grant(store, "b").task
+    assert store.work.finish(again.id, site="b", generation=again.generation, result=result)[0] is s.Fate.ACCEPTED
+    assert "aggregates 2 updates" in drive(store)
+
+
+def test_a_damaged_update_is_asked_for_again_and_the_same_bytes_count(store: Store) -> None:
+    begun(store, "a", "b")
+    finish(store, "a", "a")
+    finish(store, "b", "c")
+    drive(store)
+    store.jobs.fail_command("j", round_number=1, generation=1, error="damaged", corrupt_site="b")
+    drive(store)
+    assert finish(store, "b", "c") == (s.Fate.ACCEPTED, "")
+    assert "aggregates 2 updates" in drive(store)
+
+
+def test_a_failure_that_is_reported_twice_counts_once(store: Store) -> None:
+    begun(store, "a", "b")
+    task = grant(store, "a").task
+    told = {"site": "a", "generation": task.generation, "state": s.TaskState.FAILED, "reason": "out of memory"}
+    store.work.fail(task.id, **told)
+    drive(store)
+    with pytest.raises(LeaseFenced):
+        store.work.fail(task.id, **told)
+    assert grant(store, "a").task.failures == 1
+
+
 def test_a_rejected_update_does_not_count_and_is_not_asked_for_again(store: Store) -> None:
     begun(store, "a", "b", "c")
     task = grant(store, "a").task

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from coordinator.aggregation.combine import BLOCK_ELEMENTS, CorruptUpdate, Input, combine
 from protos import tensors
 from protos.digests import digest_of
+from protos.errors import CorruptData
 from protos.jobspec import FedAdam, FedAvgM, FedYogi
 
 SHAPES = {"b.weight": (300, 401), "a.bias": (7,), "c.scalar": (), "d.empty": (0, 3)}
@@ -86,6 +87,50 @@ def test_a_damaged_update_is_named_and_nothing_is_made_of_it(tmp_path: Path) -> 
     assert caught.value.site == "site-1"
 
 
+@pytest.mark.parametrize("position", [7, 8, 60])
+def test_damage_in_a_header_or_a_missing_file_is_the_sites_too(tmp_path: Path, position: int) -> None:
+    for number in (0, 1):
+        parts = inputs(tmp_path, [random_model(1), random_model(2)], [0.5, 0.5])
+        data = bytearray(parts[number].path.read_bytes())
+        data[position] ^= 0x40
+        parts[number].path.write_bytes(data)
+        with pytest.raises(CorruptUpdate) as caught:
+            combine(parts, output=tmp_path / "out")
+        assert caught.value.site == f"site-{number}"
+        parts[number].path.unlink()
+        with pytest.raises(CorruptUpdate):
+            combine(parts, output=tmp_path / "out")
+
+
+def test_a_damaged_base_version_or_state_makes_no_new_version(tmp_path: Path) -> None:
+    parts = inputs(tmp_path, [random_model(1)], [1.0])
+    digest = write(tmp_path / "v0", random_model(0))
+    optimizer = FedAvgM(type="fedavgm")
+    made = combine(
+        parts,
+        output=tmp_path / "out",
+        previous=tmp_path / "v0",
+        previous_digest=digest,
+        optimizer=optimizer,
+        state_output=tmp_path / "state",
+    )
+    for name in ("out", "state"):
+        good = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(CorruptData):
+            combine(
+                parts,
+                output=tmp_path / "next",
+                previous=tmp_path / "out",
+                previous_digest=made.digest,
+                optimizer=optimizer,
+                state=tmp_path / "state",
+                state_digest=made.optimizer_digest,
+                state_output=tmp_path / "next-state",
+            )
+        (tmp_path / name).write_bytes(good)
+
+
 def test_the_worker_process_answers_with_digest_and_size_or_with_the_damaged_site(tmp_path: Path) -> None:
     parts = inputs(tmp_path, [random_model(1), random_model(2)], [0.5, 0.5])
     order = {
@@ -137,7 +182,7 @@ def reference_rounds(optimizer, start: np.ndarray, means: list[np.ndarray]) -> n
 def test_a_server_optimizer_over_three_rounds_equals_the_published_rule(tmp_path: Path, optimizer) -> None:
     previous = tmp_path / "v0"
     start = random_model(0)
-    write(previous, start)
+    digests = {"previous_digest": write(previous, start), "state_digest": ""}
     state = None
     means = []
     for number in range(1, 4):
@@ -153,7 +198,9 @@ def test_a_server_optimizer_over_three_rounds_equals_the_published_rule(tmp_path
             optimizer=optimizer,
             state=state,
             state_output=folder / "state",
+            **digests,
         )
+        digests = {"previous_digest": result.digest, "state_digest": result.optimizer_digest}
         assert result.optimizer_digest == digest_of((folder / "state").read_bytes())
         previous, state = folder / "out", folder / "state"
     found = load_file(previous)["b.weight"]
@@ -163,13 +210,14 @@ def test_a_server_optimizer_over_three_rounds_equals_the_published_rule(tmp_path
 
 def test_momentum_zero_and_rate_one_is_the_plain_mean(tmp_path: Path) -> None:
     parts = inputs(tmp_path, [random_model(1), random_model(2)], [0.4, 0.6])
-    write(tmp_path / "v0", random_model(0))
+    digest = write(tmp_path / "v0", random_model(0))
     plain = combine(parts, output=tmp_path / "plain")
     assert plain.optimizer_digest == ""
     combine(
         parts,
         output=tmp_path / "momentum",
         previous=tmp_path / "v0",
+        previous_digest=digest,
         optimizer=FedAvgM(type="fedavgm", learning_rate=1.0, momentum=0.0),
         state_output=tmp_path / "state",
     )

@@ -241,6 +241,29 @@ def test_an_aggregate_that_failed_is_tried_again_after_a_pause() -> None:
     assert of(step(job(), facts, 11.0), s.Aggregate)[0].generation == 2
 
 
+def test_an_aggregate_that_cannot_be_made_is_given_up_with_its_reason() -> None:
+    facts = aggregating(s.CommandState.FAILED, error="No space left on device", queued_at=195.0)
+    assert "given up in" in step(job(), facts, 196.0).sentence
+    done = step(job(), facts, 201.0)
+    assert of(done, s.SetJobState) == [s.SetJobState(s.JobState.FAILED)] and "No space left" in done.sentence
+
+
+def test_a_round_begins_when_its_updates_fit_on_the_disk() -> None:
+    room = s.Facts(sites("a", "b"), round_(1, s.Phase.SELECTING, ()), model_bytes=10**9, spare_bytes=4 * 10**9)
+    waiting = step(job(), room, 1.0)
+    assert not waiting.effects and "needs 5.0 GB and has 4.0 GB" in waiting.sentence
+    assert of(step(job(), replace(room, spare_bytes=6 * 10**9), 1.0), s.SetCohort)
+
+
+def test_weights_of_sites_that_did_nothing_are_equal() -> None:
+    recipe = spec(aggregation={"weights": "steps", "max_share": 0.5})
+    updates = (replace(update("a"), steps=0), replace(update("b"), steps=0), update("c"))
+    tasks = tuple(train(name, s.TaskState.SUCCEEDED) for name in "abc")
+    for found in (updates, updates[:2]):
+        (start,) = of(step(job(recipe), s.Facts(sites("a", "b", "c"), round_(), tasks, found), 1.0), s.Aggregate)
+        assert sum(part.weight for part in start.contributions) == pytest.approx(1.0)
+
+
 def test_a_damaged_update_is_rejected_and_the_round_goes_on_down_to_its_quorum() -> None:
     facts = aggregating(s.CommandState.FAILED, error="damaged", corrupt_site="b")
     one_is_enough = spec(cohort={"quorum": 1})
@@ -314,9 +337,13 @@ def test_an_evaluation_past_its_time_is_given_up_and_recorded() -> None:
 
 def test_a_commit_is_measured_at_the_places_that_the_recipe_names() -> None:
     both = spec(evaluation={"where": ["sites", "house"]})
-    facts = replace(aggregating(s.CommandState.DONE, digest="d" * 64), sites=sites("a", "b", away=("b",), house="hq"))
+    facts = replace(
+        aggregating(s.CommandState.DONE, digest="d" * 64), sites=sites("a", "b", "c", "d", away=("a", "d"), house="hq")
+    )
+    facts = replace(facts, round=round_(phase=s.Phase.AGGREGATING, cohort=("a", "b")))
     tasks = of(step(job(both), facts, 1.0), s.QueueTask)
-    assert {(task.site, task.split) for task in tasks} == {("hq", "validation"), ("a", "validation")}
+    # "a" trained, so it is there, whatever the coordinator has heard since its restart; "d" is away.
+    assert {(task.site, task.split) for task in tasks} == {(name, "validation") for name in ("hq", "a", "b", "c")}
     rarely = spec(evaluation={"where": ["house"], "every": 2})
     assert not of(step(job(rarely), facts, 1.0), s.QueueTask)
 
