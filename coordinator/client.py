@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import click
 import grpc
 from cryptography import x509
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from coordinator.settings import profile_directory
 from protos import frames
 from protos.channel import CLIENT_OPTIONS
 from protos.errors import DETAILS_KEY, SilotuneError, Unauthenticated, Unavailable, from_details
@@ -45,11 +46,6 @@ class Profile:
     @property
     def expires(self) -> datetime:
         return x509.load_pem_x509_certificate(self.certificate).not_valid_after_utc
-
-
-def profile_directory(profile: str) -> Path:
-    """A path as it stands; a plain name below the user's configuration, ~/.config/silotune."""
-    return Path(profile).expanduser() if "/" in profile else Path(click.get_app_dir("silotune")) / profile
 
 
 def load_profile(name_or_directory: str) -> Profile:
@@ -89,9 +85,10 @@ class OperatorClient:
         self._channel.close()
 
     def ask(self, method: str, request: Message, *, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> Any:
-        """The answer of one method of OperatorService."""
+        """The answer of one method of OperatorService, in characters that a terminal may be given."""
         try:
-            return getattr(self._stub, method)(request, timeout=timeout_seconds, metadata=self._metadata)
+            answer = getattr(self._stub, method)(request, timeout=timeout_seconds, metadata=self._metadata)
+            return _made_printable(answer)
         except grpc.RpcError as error:
             raise self._explain(error, timeout_seconds=timeout_seconds) from error
 
@@ -132,6 +129,7 @@ class OperatorClient:
         code, details = error.code().name, error.details() or ""
         packed = next((value for key, value in error.trailing_metadata() or () if key == DETAILS_KEY), None)
         found = from_details(code, details, packed)
+        found.message, found.hint = printable(found.message), printable(found.hint)
         if packed is not None or not isinstance(found, Unavailable):
             return found
         # gRPC says "Socket closed" when the server refuses the client's certificate, so look at it here.
@@ -165,6 +163,29 @@ def _what_to_check(code: str, details: str, *, timeout_seconds: float) -> tuple[
     if "refused" in details:
         return "nothing listens there", "Check that `silotune-coordinator serve` runs, and the address in profile.toml."
     return details.split("\n")[0][:200].rstrip(".") or code, "Check the address in profile.toml and the network."
+
+
+def printable(text: str) -> str:
+    """`text` without the characters that a terminal obeys instead of showing them: escapes, line ends, overrides."""
+    return text if text.isprintable() else "".join(character for character in text if character.isprintable())
+
+
+def _made_printable(message: Message) -> Message:
+    """The same message, every text in it made printable: sites wrote some of them, and the answer is shown to people.
+
+    A recipe stays as it is to the letter: its hash is bound to that.
+    """
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            if not field.message_type.GetOptions().map_entry:
+                for inner in value if field.is_repeated else [value]:
+                    _made_printable(inner)
+        elif field.type == FieldDescriptor.TYPE_STRING and field.name != "spec_json":
+            if field.is_repeated:
+                value[:] = [printable(text) for text in value]
+            else:
+                setattr(message, field.name, printable(value))
+    return message
 
 
 def facts(message: Message) -> dict[str, Any]:

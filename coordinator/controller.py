@@ -141,6 +141,10 @@ class Controller:
             self.store.uploads.forget(owner, digest=digest)
             if not self.store.uploads.is_named(digest):
                 self.blobs.delete(digest)
+        for digest in self.store.views.stale_optimizer_states():
+            self.store.jobs.forget_optimizer_state(digest)
+            if not self.store.uploads.is_named(digest):
+                self.blobs.delete(digest)
 
     # --- commands
 

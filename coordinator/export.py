@@ -10,7 +10,6 @@ and the target never shows half a model.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,18 +24,15 @@ from coordinator import model_card
 from coordinator.client import OperatorClient
 from protos import jobspec, tensors
 from protos.digests import new_hasher
-from protos.errors import AlreadyExists, CorruptData, InvalidInput, OutOfSpace, SilotuneError
+from protos.errors import AlreadyExists, CorruptData, OutOfSpace, SilotuneError
 from protos.jobspec import JobSpec, Lora, Synthetic
+from protos.model_files import ADAPTER_TENSORS, EXPORT_MANIFEST, FROZEN, FULL_TENSORS, check_file_name
 from protos.v1 import manifest_pb2, operator_pb2
 
 STAGING = ".silotune-export"
-MANIFEST = "silotune.json"
-FROZEN = "frozen.safetensors"
 COPY_BYTES = 8 << 20
 # A download is given up after so many attempts in a row without a byte; the pauses add up to about half a minute.
 ATTEMPTS = 7
-# What a model directory may hold; a site made these files, and nothing that could be run is among them.
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,120}\.(json|txt|model|jinja|safetensors)")
 
 
 @dataclass(frozen=True)
@@ -90,22 +86,21 @@ def _blobs(model: operator_pb2.GetModelResponse, *, spec: JobSpec) -> dict[str, 
     """What to load, by the name under which it is needed; the version itself comes under the name of its kind."""
     found = {_tensor_file(spec): model.model}
     for file in model.files:
-        if not _FILE_NAME.fullmatch(file.name) or file.name in (*found, MANIFEST):
-            raise InvalidInput(f"The job's model has a file {file.name[:120]!r}, which no model directory needs.")
-        found[file.name] = file.blob
+        # The coordinator refused such a name before; what lands on this machine does not rest on that.
+        found[check_file_name(file.name)] = file.blob
     return found
 
 
 def _tensor_file(spec: JobSpec) -> str:
-    return "adapter_model.safetensors" if isinstance(spec.method, Lora) else "model.safetensors"
+    return ADAPTER_TENSORS if isinstance(spec.method, Lora) else FULL_TENSORS
 
 
 def _claim(directory: Path, *, force: bool) -> list[str]:
     """Makes sure that the directory is ours to write; the names that an earlier export left there."""
     directory.mkdir(parents=True, exist_ok=True)
     present = {path.name for path in directory.iterdir()}
-    manifest = directory / MANIFEST
-    if MANIFEST in present:
+    manifest = directory / EXPORT_MANIFEST
+    if EXPORT_MANIFEST in present:
         earlier = json.loads(manifest.read_text())
         if not force and STAGING not in present:
             raise AlreadyExists(
@@ -197,7 +192,7 @@ def _assemble(blobs: dict[str, manifest_pb2.BlobRef], *, spec: JobSpec, staging:
 def join(sources: Sequence[Path], *, target: Path) -> None:
     """One safetensors file with the tensors of all `sources`, of any dtype, sorted by name.
 
-    CorruptData: two tensors have the same name, or a header is not one.
+    CorruptData: two tensors have the same name, or a header is not one or does not describe its file.
     """
     where: dict[str, tuple[Path, int, int]] = {}
     header: dict[str, Any] = {}
@@ -230,22 +225,33 @@ def _entries(path: Path) -> tuple[dict[str, Any], int]:
         data_start = tensors.header_length(file.read(8))
         try:
             entries = json.loads(file.read(data_start - 8))
-        except ValueError as error:
-            raise CorruptData(f"The header of tensor file {path.name} is not valid JSON.") from error
-    entries.pop("__metadata__", None)
+            entries.pop("__metadata__", None)
+            spans = sorted((begin, end) for begin, end in (entry["data_offsets"] for entry in entries.values()))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CorruptData(f"The header of tensor file {path.name} is not a table of tensors.") from error
+    # A site made the frozen tensors. Without holes and overlaps the joined file is no larger than its parts.
+    position = 0
+    for begin, end in spans:
+        if type(begin) is not int or type(end) is not int or begin != position or end < begin:
+            raise CorruptData(f"Tensor file {path.name} has a tensor at bytes {begin} to {end}, after byte {position}.")
+        position = end
+    if data_start + position != path.stat().st_size:
+        raise CorruptData(f"Tensor file {path.name} is not as long as its header says.")
     return entries, data_start
 
 
 def _copy(source: BinaryIO, target: BinaryIO, *, length: int) -> None:
     while length:
         piece = source.read(min(COPY_BYTES, length))
+        if not piece:
+            raise CorruptData(f"A tensor file ended {length} bytes before its last tensor.")
         target.write(piece)
         length -= len(piece)
 
 
 def _publish(ready: Path, *, directory: Path, manifest: dict[str, Any], earlier: Sequence[str]) -> None:
     # First the manifest: from here on the directory counts as an export, also when this is cut off half way.
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (directory / EXPORT_MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for name in earlier:
         (directory / name).unlink(missing_ok=True)
     for path in sorted(ready.iterdir()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import structlog
@@ -31,6 +32,7 @@ from protos.metrics import METRICS, check_numbers
 from protos.v1 import agent_pb2 as pb
 from protos.v1.manifest_pb2 import BlobRef
 
+READERS = 2
 MAX_WAIT_SECONDS = 30.0
 LOOK_SECONDS = 1.0
 # A site is noted as seen at most this often: each note is a write to the database.
@@ -63,7 +65,9 @@ class AgentService:
         self._lease_seconds = lease_seconds
         self._client_days = client_days
         self._seen: dict[tuple[str, bool], float] = {}
-        self._checks: dict[tuple[str, int], asyncio.Task[Result | str]] = {}
+        self._checks: dict[tuple[str, int], asyncio.Future[Result | str]] = {}
+        # Whole updates are read in threads of their own: heartbeats and leases share the others.
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="admission")
 
     # --- asking for work
 
@@ -188,9 +192,8 @@ class AgentService:
         key = (task.id, task.generation)
         check = self._checks.get(key)
         if check is None:
-            check = asyncio.create_task(
-                asyncio.to_thread(results.check, succeeded, task=task, store=self._store, blobs=self._blobs)
-            )
+            read = partial(results.check, succeeded, task=task, store=self._store, blobs=self._blobs)
+            check = asyncio.get_running_loop().run_in_executor(self._readers, read)
             self._checks[key] = check
             check.add_done_callback(lambda _: self._checks.pop(key, None))
         return await asyncio.shield(check)

@@ -6,7 +6,6 @@ this digest and size, and tensors are what the round expects.
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,13 +16,14 @@ from coordinator.storage.store import Store
 from coordinator.storage.work import Result
 from protos.digests import check_digest
 from protos.errors import Conflict, InvalidInput, UpdateRejected
+from protos.jobspec import BaseModelRef
 from protos.metrics import METRICS, STAGE_SECONDS, check_numbers
+from protos.model_files import check_file_name
 from protos.tensors import Layout
 from protos.v1 import agent_pb2, manifest_pb2
 
 MAX_FILES = 64
 MAX_COUNT = 10**9
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,199}")
 
 
 def parse(succeeded: agent_pb2.Succeeded) -> Result:
@@ -35,8 +35,8 @@ def parse(succeeded: agent_pb2.Succeeded) -> Result:
         raise InvalidInput(f"The result has {len(succeeded.files)} files; {MAX_FILES} at most.")
     names = [file.name for file in succeeded.files]
     for name in names:
-        if not _FILE_NAME.fullmatch(name) or names.count(name) > 1:
-            raise InvalidInput(f"{name[:80]!r} is not a usable file name, or occurs twice.")
+        if names.count(check_file_name(name)) > 1:
+            raise InvalidInput(f"The file name {name!r} occurs twice.")
     has_blob = succeeded.HasField("manifest")
     return Result(
         digest=check_digest(succeeded.manifest.blob.digest) if has_blob else "",
@@ -57,7 +57,7 @@ def check(succeeded: agent_pb2.Succeeded, *, task: Task, store: Store, blobs: Bl
     """
     try:
         result = parse(succeeded)
-        _check_kind(succeeded, result, task=task)
+        _check_kind(succeeded, result, task=task, store=store)
     except InvalidInput as error:
         return str(error)
     wanted = [(result.digest, result.size)] if result.digest else []
@@ -76,7 +76,7 @@ def check(succeeded: agent_pb2.Succeeded, *, task: Task, store: Store, blobs: Bl
     return result
 
 
-def _check_kind(succeeded: agent_pb2.Succeeded, result: Result, *, task: Task) -> None:
+def _check_kind(succeeded: agent_pb2.Succeeded, result: Result, *, task: Task, store: Store) -> None:
     if task.kind is TaskKind.EVALUATE:
         if result.digest or result.files:
             raise InvalidInput("An evaluation hands in numbers only.")
@@ -88,7 +88,9 @@ def _check_kind(succeeded: agent_pb2.Succeeded, result: Result, *, task: Task) -
         raise UpdateRejected(
             "The update is encoded in a way that this coordinator does not know.", hint="Update the coordinator first."
         )
+    spec = store.views.job(task.job_id).spec
     if task.kind is TaskKind.INIT:
+        _check_base_model(result, wanted=spec.base_model)
         return
     if manifest.base_version != task.version:
         raise UpdateRejected(
@@ -96,6 +98,35 @@ def _check_kind(succeeded: agent_pb2.Succeeded, result: Result, *, task: Task) -
         )
     if result.examples < 1:
         raise UpdateRejected("The update was trained on no rows, so it has no weight.")
+    if result.steps < 1:
+        raise UpdateRejected("The update was trained for no step, so it has no weight.")
+    if spec.data is not None:
+        _check_examples(result, site=task.site, data_set=spec.data.name, store=store)
+
+
+def _check_base_model(result: Result, *, wanted: BaseModelRef | None) -> None:
+    if wanted is None:
+        return
+    if not result.base_digest:
+        raise InvalidInput("The result does not say which base model version 0 was built from.")
+    if wanted.digest and result.base_digest != wanted.digest:
+        raise InvalidInput(
+            f"Version 0 was built from a base model with the digest {result.base_digest[:12]}; "
+            f"the recipe pins {wanted.digest[:12]}."
+        )
+
+
+def _check_examples(result: Result, *, site: str, data_set: str, store: Store) -> None:
+    """A site cannot weigh more than the rows that it told of before the round."""
+    row = store.sites.get(site)
+    told = row.agent.get("data_sets", []) if row else []
+    # Numbers of 64 bits are texts in protobuf's JSON, and 0 is left out: not counted, or nothing that can be read.
+    rows = next((int(each.get("rows", 0)) for each in told if each.get("name") == data_set), 0)
+    if 0 < rows < result.examples:
+        raise UpdateRejected(
+            f"The report claims {result.examples} examples; the site's data set {data_set!r} has {rows} rows.",
+            hint="If rows were added, the agent tells of them when it asks for work again.",
+        )
 
 
 def _expected(task: Task, *, store: Store, blobs: BlobStore) -> Layout | None:

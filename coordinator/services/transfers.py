@@ -9,6 +9,7 @@ received.
 from __future__ import annotations
 
 import asyncio
+import collections
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
@@ -36,6 +37,8 @@ Answer = TypeVar("Answer")
 BATCH_FRAMES = 1
 # Streams that wait for their turn, for each that is served; what a waiting upload has sent is held by gRPC.
 WAITING_PER_TURN = 3
+# An agent does one transfer at a time; its connection before may not be known to be dead yet.
+STREAMS_PER_CALLER = 2
 # The lease is looked at again after so many frames, and the certificate at every frame.
 LEASE_CHECK_FRAMES = 256
 # A peer that neither sends nor takes a frame for so long loses its turn, not its bytes.
@@ -63,6 +66,7 @@ class TransferService:
         self._turns = asyncio.Semaphore(max_transfers)
         self._most_waiting = WAITING_PER_TURN * max_transfers
         self._waiting = 0
+        self._streams: collections.Counter[str] = collections.Counter()
         self._cache = FrameCache(blobs, disk=disk, budget_bytes=frame_cache_bytes)
 
     async def find_missing(self, request: pb.FindMissingRequest, caller: Caller) -> pb.FindMissingResponse:
@@ -87,7 +91,7 @@ class TransferService:
             raise NotFound(f"There is no blob {digest[:16]} that this caller may read.")
         if request.offset > readable.size:
             raise InvalidInput(f"Byte {request.offset} is beyond the end of the blob, which has {readable.size}.")
-        async with self._turn(), self._traffic("down", task_id=readable.task_id) as traffic:
+        async with self._turn(caller), self._traffic("down", task_id=readable.task_id) as traffic:
             offset = request.offset
             ahead = self._frame_ahead(digest, offset=offset, size=readable.size)
             try:
@@ -114,9 +118,12 @@ class TransferService:
         if blob.size > self._max_blob_bytes:
             raise InvalidInput(f"The blob has {blob.size} bytes; {self._max_blob_bytes} are the most allowed here.")
         await self._check_lease(target, caller)
+        limit = await asyncio.to_thread(self._store.uploads.size_limit, target.task_id)
+        if limit is not None and blob.size > limit:
+            raise InvalidInput(f"The update has {blob.size} bytes; one of this job has at most {limit}.")
         if await self._uploaded(caller, [blob.digest]):
             return pb.WriteResponse(committed_size=blob.size, sealed=True)
-        async with self._turn(), self._traffic("up", task_id=target.task_id) as traffic:
+        async with self._turn(caller), self._traffic("up", task_id=target.task_id) as traffic:
             upload = await self._in_disk(partial(self._blobs.open_upload, owner, blob.digest, size=blob.size))
             try:
                 if upload.offset < blob.size:
@@ -179,21 +186,28 @@ class TransferService:
                     await asyncio.to_thread(partial(self._store.uploads.add_traffic, task_id, **counted))
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """One of the streams that are served. Unavailable when too many wait already."""
-        if self._waiting >= self._most_waiting:
+    async def _turn(self, caller: Caller) -> AsyncIterator[None]:
+        """One of the streams that are served. Unavailable when too many wait already, or this caller has its share."""
+        name = caller.identity.name
+        if self._waiting >= self._most_waiting or self._streams[name] >= STREAMS_PER_CALLER:
             raise Unavailable(
                 "The coordinator serves as many transfers as it can.", hint="It is tried again by itself."
             )
-        self._waiting += 1
+        self._streams[name] += 1
         try:
-            await self._turns.acquire()
+            self._waiting += 1
+            try:
+                await self._turns.acquire()
+            finally:
+                self._waiting -= 1
+            try:
+                yield
+            finally:
+                self._turns.release()
         finally:
-            self._waiting -= 1
-        try:
-            yield
-        finally:
-            self._turns.release()
+            self._streams[name] -= 1
+            if not self._streams[name]:
+                del self._streams[name]
 
     def _in_disk(self, function: Callable[..., Answer], *arguments: object) -> asyncio.Future[Answer]:
         return asyncio.get_running_loop().run_in_executor(self._disk, function, *arguments)

@@ -25,6 +25,8 @@ from protos.errors import Conflict, CorruptData, InvalidInput, NotFound, OutOfSp
 from protos.identity import check_name
 
 HASH_BLOCK_BYTES = 4 << 20
+# Unfinished uploads of one owner, besides the one that it writes.
+KEPT_PARTS = 2
 
 
 class Upload(Protocol):
@@ -122,6 +124,7 @@ class FileBlobStore:
                 hint="The upload goes on by itself when the operator has made room.",
             )
         part.parent.mkdir(parents=True, exist_ok=True)
+        self._drop_old_parts(part)
         upload = FileUpload(self, part, digest=digest, size=size)
         with self._lock:
             if self._writers.get(part) not in (None, before):
@@ -133,6 +136,16 @@ class FileBlobStore:
             upload.close()
             raise
         return upload
+
+    def _drop_old_parts(self, wanted: Path) -> None:
+        """Keeps the owner's newest parts: what it began and did not go on with is not what it is working on."""
+        others = [path for path in wanted.parent.glob("*.part") if path != wanted]
+        others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        with self._lock:
+            written = set(self._writers)
+        for path in others[KEPT_PARTS:]:
+            if path not in written:
+                path.unlink(missing_ok=True)
 
     def read(self, digest: str, *, offset: int, length: int) -> bytes:
         try:

@@ -97,6 +97,13 @@ class Jobs:
                 .values(sentence=sentence)
             )
 
+    def forget_optimizer_state(self, digest: str) -> None:
+        versions = schema.versions
+        with self._database.write() as connection:
+            connection.execute(
+                update(versions).where(versions.c.optimizer_digest == digest).values(optimizer_digest="")
+            )
+
     # --- commands
 
     def previous(self, job_id: str, *, version: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from coordinator.rounds.state import TaskKind, TaskState
 from coordinator.storage import schema
 from coordinator.storage.database import Database
 from protos.identity import Identity, Role
+from protos.tensors import MAX_HEADER_BYTES
 
 _LIVE = (TaskState.LEASED.value, TaskState.RUNNING.value)
 
@@ -69,6 +70,18 @@ class Uploads:
                 .where(tasks.c.state.in_(_LIVE), tasks.c.kind != TaskKind.INIT.value)
             ).first()
             return None if row is None else Readable(row.size, row.id)
+
+    def size_limit(self, task_id: str) -> int | None:
+        """The most bytes that the update of a TRAIN task may have: those of the version that it started from, with a
+        header of its own. None for other tasks."""
+        tasks, versions = schema.tasks, schema.versions
+        with self._database.read() as connection:
+            size = connection.execute(
+                select(versions.c.size)
+                .join(tasks, and_(tasks.c.job_id == versions.c.job_id, tasks.c.version == versions.c.version))
+                .where(tasks.c.id == task_id, tasks.c.kind == TaskKind.TRAIN.value)
+            ).scalar()
+        return None if size is None else size + MAX_HEADER_BYTES
 
     def add_traffic(self, task_id: str, *, bytes_up: int = 0, bytes_down: int = 0) -> None:
         """Adds to a task's count of bytes on the wire, payload only."""

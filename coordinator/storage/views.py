@@ -217,10 +217,13 @@ class Views:
         """(owner, digest) of uploads that nothing needs: their round is over, and no version or file is them."""
         uploads, updates, rounds = schema.uploads, schema.updates, schema.rounds
         used = select(schema.versions.c.digest).union(select(schema.files.c.digest))
+        jobs = schema.jobs
         pending = (
             select(updates.c.digest)
             .join(rounds, (rounds.c.job_id == updates.c.job_id) & (rounds.c.number == updates.c.round))
+            .join(jobs, jobs.c.id == updates.c.job_id)
             .where(rounds.c.phase.not_in((s.Phase.COMMITTED.value, s.Phase.FAILED.value)))
+            .where(jobs.c.state.not_in([state.value for state in s.JobState if state.ended]))
         )
         over = select(updates.c.digest)
         with self._database.read() as connection:
@@ -230,6 +233,19 @@ class Views:
                 )
             ).all()
         return [(row.owner, row.digest) for row in rows]
+
+    def stale_optimizer_states(self) -> list[str]:
+        """Digests of server optimizer states that no round will go on from: all but the heads' of unfinished jobs."""
+        versions, jobs = schema.versions, schema.jobs
+        ended = [state.value for state in s.JobState if state.ended]
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(versions.c.optimizer_digest)
+                .join(jobs, jobs.c.id == versions.c.job_id)
+                .where(versions.c.optimizer_digest != "")
+                .where(or_(versions.c.version < jobs.c.head_version, jobs.c.state.in_(ended)))
+            )
+            return [row.optimizer_digest for row in rows]
 
     def _job(self, row: Any) -> JobRecord:
         spec = jobspec.from_json(row.spec)

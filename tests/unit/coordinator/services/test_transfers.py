@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
-from coordinator.services.transfers import WAITING_PER_TURN
+from coordinator.services.transfers import STREAMS_PER_CALLER, WAITING_PER_TURN
 from coordinator.settings import Storage, Transfers
 from protos import errors, frames
 from protos.digests import digest_of
 from protos.frames import FRAME_BYTES
 from protos.identity import Identity, Role
+from protos.tensors import MAX_HEADER_BYTES
 from protos.v1 import operator_pb2, transfer_pb2
 from protos.v1.manifest_pb2 import BlobRef
 from tests.unit.coordinator.services.conftest import manifest, tensor_file, upload_frames
@@ -217,18 +218,43 @@ async def test_more_streams_than_turns_wait_and_are_all_served(start: Any):
 
 async def test_streams_beyond_those_that_may_wait_are_told_to_come_again(start: Any):
     federation = await start(transfers=Transfers(max_transfers=1))
-    site = federation.site("st-olav")
-    task = await federation.job_with_version_0(site, content=MODEL)
-    silent = [site.open_write() for _ in range(1 + WAITING_PER_TURN)]
-    for stream in silent:
+    names = [f"site-{number}" for number in range(2 + WAITING_PER_TURN)]
+    sites = [federation.site(name) for name in names]
+    first = await federation.job_with_version_0(sites[0], content=MODEL, others=tuple(names[1:]))
+    tasks = [first, *[await site.lease() for site in sites[1:]]]
+    silent = [site.open_write() for site in sites[:-1]]
+    for stream, task in zip(silent, tasks, strict=False):
         stream.messages.put(upload_frames(task, UPDATE)[0])
     await asyncio.sleep(0.5)
     with pytest.raises(errors.Unavailable, match="as many transfers as it can"):
-        await site.read(task.model.digest)
+        await sites[-1].read(tasks[-1].model.digest)
     for stream in silent:
         stream.messages.put(None)
     await asyncio.gather(*(stream.outcome for stream in silent), return_exceptions=True)
-    assert await site.read(task.model.digest) == MODEL
+    assert await sites[-1].read(tasks[-1].model.digest) == MODEL
+
+
+async def test_one_site_cannot_take_all_turns(federation: Any):
+    greedy, other = federation.site("greedy"), federation.site("other")
+    task = await federation.job_with_version_0(greedy, content=MODEL, others=("other",))
+    streams = [greedy.open_write() for _ in range(STREAMS_PER_CALLER)]
+    for stream in streams:
+        stream.messages.put(upload_frames(task, UPDATE)[0])
+    await asyncio.sleep(0.5)
+    with pytest.raises(errors.Unavailable):
+        await greedy.read(task.model.digest)
+    assert await other.read((await other.lease()).model.digest) == MODEL
+    for stream in streams:
+        stream.messages.put(None)
+    await asyncio.gather(*(stream.outcome for stream in streams), return_exceptions=True)
+
+
+async def test_an_update_far_larger_than_the_model_is_refused_before_its_bytes(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=MODEL)
+    huge = UPDATE + bytes(len(MODEL) + MAX_HEADER_BYTES)
+    with pytest.raises(errors.InvalidInput, match="has at most"):
+        await site.write(upload_frames(task, huge)[:1])
 
 
 async def test_a_silent_stream_gives_its_turn_back_and_keeps_its_bytes(start: Any, monkeypatch: Any):

@@ -1,0 +1,134 @@
+"""The loop that has effects: what it finds after a kill, what a pause costs, what becomes of a damaged update."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+
+from coordinator.controller import Controller
+from coordinator.rounds import state as s
+from coordinator.storage.blobs import FileBlobStore
+from coordinator.storage.store import Store
+from coordinator.storage.work import Result
+from protos import jobspec, tensors
+from protos.identity import Role
+
+
+def tensor_file(value: float) -> bytes:
+    header, _ = tensors.make_header([("w", "F32", (1000,))])
+    return header + np.full(1000, value, np.float32).tobytes()
+
+
+class Bench:
+    """A store, blobs and a controller; the sites are played by hand."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.store = Store.open(f"sqlite:///{directory}/coordinator.db")
+        self.blobs = FileBlobStore(directory / "data", reserve_bytes=0)
+        self.scratch = directory / "data" / "scratch"
+
+    def begin(self, *sites: str) -> None:
+        for name, role in [*((name, Role.SITE) for name in sites), ("hq", Role.HOUSE)]:
+            now = time.time()
+            self.store.sites.invite(
+                name, role=role, secret_hash=name, expires_unix_seconds=now + 60, now_unix_seconds=now
+            )
+            self.store.sites.redeem(
+                name, key_hash="k", serial="1", expires_unix_seconds=now + 9e6, now_unix_seconds=now
+            )  # fmt: skip
+            self.store.sites.see(name, agent=None, now_unix_seconds=now)
+        fields = {
+            "name": "study", "task": {"type": "synthetic"}, "local": {"steps": 1}, "rounds": 1,
+            "cohort": {"quorum": 2, "round_deadline_seconds": 100}, "evaluation": {"where": []},
+        }  # fmt: skip
+        self.store.jobs.create(jobspec.parse(fields), job_id="j", submit_token="", now_unix_seconds=time.time())
+
+    def hand_in(self, site: str, content: bytes) -> bool:
+        """Does the site's next task with `content` as its result; False when there is none."""
+        grant = self.store.work.lease(site, lease_seconds=30)
+        if grant is None:
+            return False
+        path = self.directory / f"from-{site}"
+        path.write_bytes(content)
+        digest, size = self.blobs.adopt(path)
+        self.store.uploads.add(site, digest=digest, size=size)
+        result = Result(digest=digest, size=size, examples=10, steps=1)
+        self.store.work.finish(grant.task.id, site=site, generation=grant.task.generation, result=result)
+        return True
+
+    @asynccontextmanager
+    async def driven(self) -> AsyncIterator[Controller]:
+        controller = Controller(store=self.store, blobs=self.blobs, scratch=self.scratch)
+        running = asyncio.create_task(controller.run())
+        try:
+            yield controller
+        finally:
+            controller.stop()
+            await running
+
+
+async def until(what: Callable[[], bool], *, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.05)
+
+
+async def test_a_coordinator_killed_in_mid_aggregation_starts_again_and_commits(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.begin("a", "b")
+    leftover = bench.scratch / "tmp-of-the-killed"
+    leftover.mkdir(parents=True)
+    (leftover / "version").write_bytes(b"half")
+    async with bench.driven() as controller:
+        for site, value in (("hq", 0.0), ("a", 1.0), ("b", 3.0)):
+            await until(lambda site=site, value=value: bench.hand_in(site, tensor_file(value)))
+            controller.wake()
+        await until(lambda: bench.store.views.job("j").state is s.JobState.COMPLETED)
+    assert not leftover.exists()
+    version = bench.store.views.model("j", version=1)
+    assert bench.blobs.path(version.digest).read_bytes() == tensor_file(2.0)
+
+
+async def test_a_pause_uses_up_no_second_of_service(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.begin("a", "b")
+    async with bench.driven() as controller:
+        await until(lambda: bench.hand_in("hq", tensor_file(0.0)))
+        controller.wake()
+        await until(lambda: bench.store.views.job("j").round == 1)
+        bench.store.jobs.control("j", action="pause", now_unix_seconds=time.time())
+        before = bench.store.views.job("j").service_seconds
+        await asyncio.sleep(3)
+        bench.store.jobs.control("j", action="resume", now_unix_seconds=time.time())
+        controller.wake()
+        await until(lambda: bench.store.views.job("j").service_seconds > before)
+        assert bench.store.views.job("j").service_seconds < before + 2
+
+
+async def test_a_damaged_update_is_asked_for_again_and_its_parts_are_deleted_after_the_commit(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.begin("a", "b")
+    async with bench.driven() as controller:
+        await until(lambda: bench.hand_in("hq", tensor_file(0.0)))
+        controller.wake()
+        await until(lambda: bench.hand_in("a", tensor_file(1.0)))
+        update = bench.store.jobs.facts("j", now_unix_seconds=time.time())[1].updates[0]
+        path = bench.blobs.path(update.digest)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        await until(lambda: bench.hand_in("b", tensor_file(3.0)))
+        controller.wake()
+        await until(lambda: bench.hand_in("a", tensor_file(1.0)))
+        controller.wake()
+        await until(lambda: bench.store.views.job("j").state is s.JobState.COMPLETED)
+        version = bench.store.views.model("j", version=1)
+        assert bench.blobs.path(version.digest).read_bytes() == tensor_file(2.0)
+        await until(lambda: bench.blobs.size(update.digest) is None)
