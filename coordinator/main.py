@@ -145,6 +145,7 @@ class Coordinator:
                 doorbell=self._doorbell,
                 wake_controller=self._controller.wake,
                 metrics=self._metrics,
+                version=coordinator_version(),
                 lease_seconds=settings.tasks.lease_seconds,
                 client_days=days,
             ),

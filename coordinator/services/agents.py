@@ -31,6 +31,7 @@ from protos.errors import InvalidInput, LeaseFenced
 from protos.metrics import METRICS, check_numbers
 from protos.v1 import agent_pb2 as pb
 from protos.v1.manifest_pb2 import BlobRef
+from protos.versions import check_versions
 
 READERS = 2
 MAX_WAIT_SECONDS = 30.0
@@ -53,6 +54,7 @@ class AgentService:
         doorbell: Doorbell,
         wake_controller: Callable[[], None],
         metrics: Metrics,
+        version: str,
         lease_seconds: float,
         client_days: float,
     ) -> None:
@@ -62,6 +64,7 @@ class AgentService:
         self._doorbell = doorbell
         self._wake_controller = wake_controller
         self._metrics = metrics
+        self._version = version
         self._lease_seconds = lease_seconds
         self._client_days = client_days
         self._seen: dict[tuple[str, bool], float] = {}
@@ -75,6 +78,7 @@ class AgentService:
         site = caller.identity.name
         if request.agent.ByteSize() > MAX_AGENT_INFO_BYTES:
             raise InvalidInput(f"The agent says {request.agent.ByteSize()} bytes about itself; too much to keep.")
+        check_versions(agent=request.agent.version, coordinator=self._version)
         await self._see(site, agent=request.agent)
         until = time.monotonic() + min(max(0.0, request.wait_seconds), MAX_WAIT_SECONDS)
         holding = tuple(request.holding[:100])

@@ -201,3 +201,10 @@ async def test_a_repeated_submission_is_the_same_job(federation: Any):
     operator = federation.operator()
     first, second = [await operator.operator("SubmitJob", request) for _ in range(2)]
     assert first.job_id == second.job_id
+
+
+async def test_an_agent_of_a_distant_version_is_refused_in_a_sentence(federation: Any):
+    site = federation.site("st-olav")
+    request = agent_pb2.LeaseTaskRequest(agent=agent_pb2.AgentInfo(version="7.0.0"))
+    with pytest.raises(errors.Conflict, match=r"version 7\.0\.0 .* too far apart"):
+        await site.agent("LeaseTask", request)
