@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -56,9 +57,12 @@ def choose_device(device: Device, *, gpu: str) -> str:
     return "cuda:0" if device.name == "cuda" else device.name
 
 
-def count_rows(home: Home, settings: SiteSettings) -> dict[str, int]:
-    """Training rows of each data set; 0 where it cannot be read. Counted anew only when a file has changed."""
-    known = json.loads(home.row_counts_file.read_text()) if home.row_counts_file.exists() else {}
+def count_rows(home: Home, settings: SiteSettings, *, before: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Training rows of each data set; 0 where it cannot be read. Counted anew only when a file has changed.
+
+    `before` is the last answer: a data set that could not be read then either is not logged again.
+    """
+    noted = json.loads(home.row_counts_file.read_text()) if home.row_counts_file.exists() else {}
     kept: dict[str, int] = {}
     counts = {}
     for name, data_set in settings.data.items():
@@ -66,15 +70,15 @@ def count_rows(home: Home, settings: SiteSettings) -> dict[str, int]:
         try:
             # The stamp holds the path, so only its digest is kept.
             stamp = digest_of(repr(fingerprint(place, name=name, split="train")).encode())
-            if stamp not in known:
-                known[stamp] = len(read_rows(place, name=name, labels=None, split="train"))
-            kept[stamp] = known[stamp]
+            kept[stamp] = noted.get(stamp) or len(read_rows(place, name=name, labels=None, split="train"))
         except SilotuneError as error:
-            log.warning("A data set cannot be used.", data_set=name, reason=without_content(error))
+            if not before or before.get(name) != 0:
+                log.warning("A data set cannot be used.", data_set=name, reason=without_content(error))
             counts[name] = 0
         else:
-            counts[name] = known[stamp]
-    write_json(home.row_counts_file, kept)
+            counts[name] = kept[stamp]
+    if kept != noted:
+        write_json(home.row_counts_file, kept)
     return counts
 
 

@@ -8,6 +8,7 @@ the coordinator's committed answer, not before, so a result is offered again unt
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -15,12 +16,16 @@ from pathlib import Path
 
 from client_agent.hashing import hash_file
 from client_agent.taskdir import FILES, RESULT, UPDATE, TaskResult, read_result, write_json
+from protos.errors import InvalidInput
+from protos.identity import check_job_id
 from protos.v1 import agent_pb2
 
 JOURNAL = "journal.json"
 # Directories of work that ended elsewhere (a closed round, a cancelled job) and that nobody asked for again.
 KEPT_DIRECTORIES = 4
 KEPT_SECONDS = 7 * 86_400
+MAX_NAME_CHARACTERS = 200
+SPLITS = ("", "validation", "test")
 
 KIND_NAMES = {
     agent_pb2.TASK_KIND_INIT: "init",
@@ -46,8 +51,18 @@ class Work:
 
     @property
     def directory_name(self) -> str:
+        """One plain file name whatever the coordinator wrote: what this names is written, read and deleted."""
         name = f"{self.job_id}-{self.round}-{self.kind}"
-        return f"{name}-{self.version}-{self.split}" if self.kind == "evaluate" else name
+        if self.kind == "evaluate":
+            name += f"-{self.version}-{self.split}"
+        return re.sub(r"[^a-z0-9-]", "_", name)[:MAX_NAME_CHARACTERS]
+
+
+def check_work(work: Work) -> None:
+    """InvalidInput when the task names its job or its split in a way that no sound coordinator does."""
+    check_job_id(work.job_id)
+    if work.split not in SPLITS:
+        raise InvalidInput(f"{work.split[:80]!r} is not a split of a data set.")
 
 
 def work_of(task: agent_pb2.Task) -> Work:

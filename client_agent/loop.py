@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 
 import structlog
 
-from client_agent import facts
 from client_agent.identity import utc_now
 from client_agent.journal import work_of
-from client_agent.observe import STAGES, StatusFile
+from client_agent.observe import STAGES, Disk, StatusFile
 from client_agent.session import Session, Waiting
 from client_agent.stages import Grant, Outcome, Refused, Stages, failed
 from protos.errors import AlreadyExists, Conflict, InvalidInput, LeaseFenced, NotFound, SilotuneError
@@ -45,6 +44,8 @@ class Daemon:
         self._session = session
         self._waiting = waiting
         self._status = status
+        self._disk = Disk()
+        self._info = agent_pb2.AgentInfo()
         self._held: dict[str, Grant] = {}
         self._granted: list[agent_pb2.Task] = []
         # One task computes at a time; one that waits for approval does not keep others from it.
@@ -71,7 +72,7 @@ class Daemon:
             return "site.toml has no [policy]: nothing runs here"
         if not self._session.connected:
             return self._waiting.sentence or "the coordinator has not answered yet"
-        return ""
+        return self._disk.sentence
 
     def show_status(self) -> None:
         """Metrics and the status file, from the state as it is now."""
@@ -80,23 +81,24 @@ class Daemon:
         metrics.certificate_expiry.set(self._session.identity.expires.timestamp())
         stages = [grant.progress.stage for grant in self._held.values()]
         metrics.set_stage(STAGES[max(stages, default=0)])
-        self._status.write(
-            connected=self._session.connected,
-            waits_for=self._waiting.sentence,
-            not_ready=self.not_ready(),
-            tasks=[
-                {
-                    "job": grant.work.job_id,
-                    "round": grant.work.round,
-                    "kind": grant.work.kind,
-                    "stage": STAGES[grant.progress.stage],
-                    "done": grant.progress.done,
-                    "total": grant.progress.total,
-                    "unit": grant.progress.unit,
-                }
-                for grant in self._held.values()
-            ],
-        )
+        with self._disk.tried("Writing the status file"):
+            self._status.write(
+                connected=self._session.connected,
+                waits_for=self._waiting.sentence,
+                not_ready=self.not_ready(),
+                tasks=[
+                    {
+                        "job": grant.work.job_id,
+                        "round": grant.work.round,
+                        "kind": grant.work.kind,
+                        "stage": STAGES[grant.progress.stage],
+                        "done": grant.progress.done,
+                        "total": grant.progress.total,
+                        "unit": grant.progress.unit,
+                    }
+                    for grant in self._held.values()
+                ],
+            )
 
     def _count_hands(self) -> None:
         """More work is wanted while all that is in hand waits for a person."""
@@ -123,9 +125,9 @@ class Daemon:
 
     async def _ask_for_work(self, **options: Any) -> agent_pb2.LeaseTaskResponse:
         self.show_status()
-        stages = self._stages
-        info = await asyncio.to_thread(facts.agent_info, stages.home, stages.settings, gpu=stages.gpu, rows=stages.rows)
-        return await self._session.lease(info, holding=options.pop("holding", self._held), **options)
+        with self._disk.tried("Looking at the agent's home"):
+            self._info = await asyncio.to_thread(self._stages.info)
+        return await self._session.lease(self._info, holding=options.pop("holding", self._held), **options)
 
     async def _regain(self, grant: Grant, *, generation: int) -> bool:
         """After this generation was fenced: whether the same work is granted to this agent under a newer one."""
@@ -220,7 +222,8 @@ class Daemon:
             self._held.pop(grant.task.id, None)
             self._count_hands()
             held = [other.work for other in self._held.values()]
-            await asyncio.to_thread(self._stages.journal.prune, held=held, now_unix_seconds=time.time())
+            with self._disk.tried("Removing old task directories"):
+                await asyncio.to_thread(self._stages.journal.prune, held=held, now_unix_seconds=time.time())
             self.show_status()
 
     async def _outcome(self, grant: Grant) -> Outcome:
@@ -299,13 +302,13 @@ class Daemon:
         while True:
             if self._session.identity.renewal_due(now=utc_now()):
                 try:
-                    identity = await self._session.renew()
+                    with self._disk.tried("Renewing the certificate"):
+                        identity = await self._session.renew()
+                        log.info("The certificate was renewed.", valid_until=f"{identity.expires:%Y-%m-%d %H:%M} UTC")
                 except SilotuneError as error:
                     if error.message != said:
                         log.warning("The certificate could not be renewed yet.", reason=error.message)
                     said = error.message
-                else:
-                    log.info("The certificate was renewed.", valid_until=f"{identity.expires:%Y-%m-%d %H:%M} UTC")
             await asyncio.sleep(RENEWAL_CHECK_SECONDS)
 
 

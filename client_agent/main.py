@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from client_agent import facts, settings
+from client_agent import facts, identity, settings
 from client_agent.home import Home
 from client_agent.loop import Daemon
 from client_agent.observe import AgentMetrics, StatusFile, serve
@@ -58,8 +58,10 @@ def run(home: Home, *, json_logs: bool, insecure_loopback: bool = False) -> None
     SiteConfigInvalid, Unauthenticated (not enrolled), Conflict (another agent runs in this home).
     """
     configure_logs(json_format=json_logs)
+    # Before anything is written: on a machine that is not enrolled, or with a misspelt --home, nothing is left behind.
+    identity.load(home.identity)
+    home.create()
     with home.locked():
-        home.create()
         asyncio.run(_serve(home, insecure_loopback=insecure_loopback))
 
 
@@ -91,10 +93,10 @@ async def _serve(home: Home, *, insecure_loopback: bool) -> None:
     gpu = await asyncio.to_thread(facts.gpu_name)
     rows = await asyncio.to_thread(facts.count_rows, home, site)
     agent = compose(home, site, gpu=gpu, rows=rows, insecure_loopback=insecure_loopback)
-    identity = agent.session.identity
+    me = agent.session.identity
     http, address = await serve(site.http.address, metrics=agent.metrics, not_ready=agent.daemon.not_ready)
     device = facts.choose_device(site.device, gpu=gpu)
-    log.info("The agent runs.", site=identity.name, coordinator=identity.coordinator, device=device, http=address)
+    log.info("The agent runs.", site=me.name, coordinator=me.coordinator, device=device, http=address)
     if site.policy is None:
         log.warning("site.toml has no [policy]: nothing will run here.")
     working = asyncio.ensure_future(agent.daemon.run())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,32 @@ class AgentMetrics:
     def set_stage(self, stage: str) -> None:
         for name in STAGES:
             self._stage.labels(name).set(name == stage)
+
+
+class Disk:
+    """What the agent cannot write now, in sentences; each is logged when it changes, not each time it is true."""
+
+    def __init__(self) -> None:
+        self._troubles: dict[str, str] = {}
+
+    @property
+    def sentence(self) -> str:
+        return " ".join(self._troubles.values())
+
+    @contextmanager
+    def tried(self, what: str) -> Iterator[None]:
+        """Takes an OSError of the block as something that passes: the daemon goes on, and tries again later."""
+        try:
+            yield
+        except OSError as error:
+            # Its text names a path; only the reason goes out.
+            sentence = f"{what} failed at this machine's disk: {error.strerror or type(error).__name__}."
+            if self._troubles.get(what) != sentence:
+                log.error(sentence)
+            self._troubles[what] = sentence
+        else:
+            if self._troubles.pop(what, None):
+                log.info(f"{what} works again.")
 
 
 class StatusFile:

@@ -18,7 +18,7 @@ import structlog
 
 from client_agent import facts, transfers
 from client_agent.home import Home
-from client_agent.journal import UNKNOWN_KIND, Entry, Journal, Work, work_of
+from client_agent.journal import UNKNOWN_KIND, Entry, Journal, Work, check_work, work_of
 from client_agent.models import Models
 from client_agent.observe import AgentMetrics
 from client_agent.policy import Answer, Approvals, decide, parse_spec
@@ -99,10 +99,19 @@ class Stages:
         self.models = Models(self.home.models_file)
         self.approvals = Approvals(self.home.approvals)
 
+    def info(self) -> agent_pb2.AgentInfo:
+        """What the agent says of itself now, with its data sets counted anew where a file has changed."""
+        self.rows = facts.count_rows(self.home, self.settings, before=self.rows)
+        return facts.agent_info(self.home, self.settings, gpu=self.gpu, rows=self.rows)
+
     # --- approve
 
     async def approve(self, grant: Grant, *, on_ask: Callable[[], None]) -> JobSpec:
-        """The spec, once it may run here. Refused with the reason; while a person is asked, it waits."""
+        """The spec, once it may run here. Refused with the reason; while a person is asked, it waits.
+
+        InvalidInput: the task is not one that a sound coordinator gives.
+        """
+        check_work(grant.work)
         if grant.work.kind == UNKNOWN_KIND:
             raise Refused(f"This agent ({facts.agent_version()}) is too old for this kind of task; update it.")
         spec = parse_spec(grant.task.spec_json, spec_hash=grant.task.spec_hash)
@@ -111,7 +120,7 @@ class Stages:
         if spec.data is not None and grant.work.kind != "init":
             if self.settings.policy is not None and spec.data.name not in self.settings.data:
                 raise Refused(f"This site describes no data set named {spec.data.name!r}.")
-            rows = self.rows.get(spec.data.name)
+            rows = self.rows.get(spec.data.name, 0)
         verdict = decide(self.settings.policy, spec, base_digest=base_digest, data_rows=rows)
         if verdict.answer is Answer.DENY:
             raise Refused(verdict.reason)

@@ -15,15 +15,14 @@ from typing import Any
 
 import click
 from rich.console import Group
-from rich.text import Text
 
 from coordinator import export, recipe
 from coordinator.client import OperatorClient, facts, load_profile
 from coordinator.terminal import Duration, Output, moment, table, with_output
-from coordinator.watch import ENDED, house_agents, line, name_of, picture, waiting_lines, watch
+from coordinator.watch import ENDED, details, failed_lines, house_agents, line, name_of, picture, waiting_lines, watch
 from protos.errors import InvalidInput, RecipeInvalid
 from protos.identity import JoinToken, check_name
-from protos.v1 import agent_pb2, operator_pb2
+from protos.v1 import operator_pb2
 
 SUBMIT_TIMEOUT_SECONDS = 60.0
 FOLLOW_SECONDS = 1.0
@@ -120,7 +119,7 @@ def list_sites(*, client: OperatorClient, output: Output) -> None:
 @click.argument("name")
 @asks
 def revoke(*, client: OperatorClient, output: Output, name: str) -> None:
-    """Shut the site NAME out; it takes effect at its next call.
+    """Shut the site NAME out within a second; what it is sending or loading is cut.
 
     Its certificate stays refused for ever. A new invitation under the same name lets it in again.
 
@@ -205,18 +204,22 @@ def watch_job(*, client: OperatorClient, output: Output, job_name: str) -> int:
 def why(*, client: OperatorClient, output: Output, job_name: str) -> None:
     """Say in one sentence what JOB waits for, whose turn it is, and until when.
 
+    Of a job that has failed: why, with the reason of every site whose work did not succeed.
+
     \b
     silotune job why JOB
     """
     state: operator_pb2.GetJobResponse = client.ask("GetJob", operator_pb2.GetJobRequest(job=job_name))
     waiting = waiting_lines(state.tasks)
+    failed = failed_lines(state.tasks)
     data = {
         "job": state.job.id,
         "state": name_of(operator_pb2.JobState, state.job.state),
         "sentence": state.job.sentence,
         "waiting": waiting,
+        "failed": failed,
     }
-    output.answer(data, text="\n".join([state.job.sentence, *(f"  {each}" for each in waiting)]))
+    output.answer(data, text="\n".join([state.job.sentence, *(f"  {each}" for each in (*waiting, *failed))]))
 
 
 @job.command()
@@ -233,19 +236,7 @@ def show(*, client: OperatorClient, output: Output, job_name: str) -> None:
     state: operator_pb2.GetJobResponse = client.ask("GetJob", request)
     data = facts(state)
     data["spec"] = json.loads(data.pop("spec_json"))
-    parts = [picture(state, house=house_agents(client))]
-    refused = table("round", "site", "fate", "reason", title="Updates that did not count", right=("round",))
-    for found in state.rounds:
-        for update in found.updates:
-            if update.fate in (agent_pb2.FATE_REJECTED, agent_pb2.FATE_DISCARDED):
-                fate = name_of(agent_pb2.Fate, update.fate).lower()
-                refused.add_row(str(found.number), update.site, fate, update.reason)
-    measured = table("version", "site", "split", "rows", "metrics", title="Evaluations", right=("version", "rows"))
-    for view in state.evaluations:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(view.metrics.items()))
-        measured.add_row(str(view.version), view.site, view.split, str(view.examples), numbers)
-    parts += [Group(Text(), extra) for extra in (refused, measured) if extra.row_count]
-    output.answer(data, text=Group(*parts))
+    output.answer(data, text=Group(picture(state, house=house_agents(client)), *details(state)))
 
 
 @job.command("list")
@@ -307,6 +298,21 @@ def cancel(*, client: OperatorClient, output: Output, job_name: str) -> None:
     silotune job cancel JOB
     """
     _control(client, output, job_name, operator_pb2.JOB_ACTION_CANCEL)
+
+
+@job.command()
+@_job
+@asks
+def readmit(*, client: OperatorClient, output: Output, job_name: str) -> None:
+    """Let the sites that JOB has set aside take part again, from the next round on.
+
+    A site is set aside when it declines, or fails three times in a row; `silotune job why JOB` has the reasons. Mend
+    the cause at the site first. A job that has ended cannot be changed: submit its recipe again.
+
+    \b
+    silotune job readmit JOB
+    """
+    _control(client, output, job_name, operator_pb2.JOB_ACTION_READMIT)
 
 
 def _control(client: OperatorClient, output: Output, job_name: str, action: operator_pb2.JobAction) -> None:

@@ -30,6 +30,7 @@ POLL_TIMEOUT_SECONDS = 5.0
 LAST_ROUNDS = 12
 ENDED = {operator_pb2.JOB_STATE_COMPLETED: 0, operator_pb2.JOB_STATE_FAILED: 1, operator_pb2.JOB_STATE_CANCELLED: 1}
 _OPEN = (operator_pb2.TASK_STATE_QUEUED, operator_pb2.TASK_STATE_LEASED, operator_pb2.TASK_STATE_RUNNING)
+_FAILED = (operator_pb2.TASK_STATE_FAILED, operator_pb2.TASK_STATE_DECLINED, operator_pb2.TASK_STATE_EXPIRED)
 _CURVE = "▁▂▃▄▅▆▇█"
 
 
@@ -118,6 +119,30 @@ def scores(state: GetJobResponse, *, house: Collection[str]) -> tuple[str, dict[
 def waiting_lines(tasks: Sequence[TaskView]) -> list[str]:
     """A short line for each piece of work that is not done: who, what, how far."""
     return [f"{task.site}: {_work(task)}, {_stage(task)}{_percent(task)}" for task in tasks if task.state in _OPEN]
+
+
+def failed_lines(tasks: Sequence[TaskView]) -> list[str]:
+    """A line for each piece of work that did not succeed: who, what, how it ended, why."""
+    return [
+        f"{task.site}: {_work(task)}, {name_of(operator_pb2.TaskState, task.state).lower()}: {task.reason}"
+        for task in tasks
+        if task.state in _FAILED
+    ]
+
+
+def details(state: GetJobResponse) -> list[RenderableType]:
+    """What the picture leaves out: each update that did not count with its reason, and every evaluation."""
+    refused = table("round", "site", "fate", "reason", title="Updates that did not count", right=("round",))
+    for found in state.rounds:
+        for update in found.updates:
+            if update.fate in (agent_pb2.FATE_REJECTED, agent_pb2.FATE_DISCARDED):
+                fate = name_of(agent_pb2.Fate, update.fate).lower()
+                refused.add_row(str(found.number), update.site, fate, update.reason)
+    measured = table("version", "site", "split", "rows", "metrics", title="Evaluations", right=("version", "rows"))
+    for view in state.evaluations:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(view.metrics.items()))
+        measured.add_row(str(view.version), view.site, view.split, str(view.examples), numbers)
+    return [Group(Text(), extra) for extra in (refused, measured) if extra.row_count]
 
 
 def name_of(enum: EnumTypeWrapper, value: int) -> str:

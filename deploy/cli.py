@@ -15,7 +15,6 @@ _COMMANDS = {
     "model": ("coordinator.cli", "model", "Take a finished model home."),
     "bench": ("deploy.bench.cli", "bench", "Measure rounds on this machine."),
     "demo": ("deploy.demo.cli", "demo", "A real medical federation on this machine."),
-    "lab": ("deploy.lab.cli", "lab", "Reproduce published experiments."),
 }
 
 

@@ -16,6 +16,8 @@ from protos.digests import digest_of
 from protos.errors import InvalidInput, Unauthenticated
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+# A job's id is a part of paths at its sites.
+JOB_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
 _URI = re.compile(r"spiffe://silotune/(site|house|operator|coordinator)/([a-z0-9-]{1,63})")
 _TOKEN_PREFIX = "silo1."
 # Metadata with which a caller names itself, by its URI, to a coordinator that serves without TLS on loopback.
@@ -47,6 +49,13 @@ def check_name(name: str) -> str:
             hint="Use 1 to 63 lower-case letters, digits and hyphens, for example st-olav.",
         )
     return name
+
+
+def check_job_id(job_id: str) -> str:
+    """`job_id` if it may name a job: 1 to 80 of a-z, 0-9 and hyphen, no hyphen at its start. InvalidInput otherwise."""
+    if not JOB_ID.fullmatch(job_id):
+        raise InvalidInput(f"{job_id[:80]!r} is not the id of a job.")
+    return job_id
 
 
 def parse_uri(uri: str) -> Identity:

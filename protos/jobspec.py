@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from protos.digests import DIGEST, digest_of
 from protos.errors import RecipeInvalid
 from protos.identity import NAME
-from protos.metrics import LOWER_IS_BETTER, METRICS
+from protos.metrics import LOWER_IS_BETTER
+from protos.recipe_errors import explain
 
 SiteName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/\-]{0,127}$")]
@@ -31,6 +30,9 @@ class _Part(BaseModel):
 
 class Classification(_Part):
     """Text classification with an encoder: one text, one of the ordered labels."""
+
+    # What an evaluation of this task reports.
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "macro_f1", "matthews_correlation")
 
     type: Literal["classification"]
     labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=1000)]
@@ -45,6 +47,8 @@ class Classification(_Part):
 
 class Synthetic(_Part):
     """No model: the trainer returns the received tensors plus small deterministic noise. For tests and benchmarks."""
+
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
 
     type: Literal["synthetic"]
     payload_mb: Annotated[float, Field(gt=0, le=100_000)] = 1.0
@@ -86,10 +90,13 @@ class Lora(_Part):
 
 
 class Schedule(_Part):
-    """The learning rate over rounds: constant, or falling to `final` times its start by the last round."""
+    """The learning rate over rounds: constant, or falling to `final` times its start by the last round.
+
+    The default is above 0, because a last round at learning rate 0 would train nothing.
+    """
 
     type: Literal["constant", "linear", "cosine"] = "constant"
-    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    final: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
 class Local(_Part):
@@ -167,8 +174,6 @@ class Evaluation(_Part):
     def _agree(self) -> Evaluation:
         if len(set(self.where)) != len(self.where):
             raise ValueError("where names a place twice")
-        if self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(sorted(METRICS))}")
         if self.early_stop and not self.where:
             raise ValueError("early_stop needs an evaluation: where is empty")
         return self
@@ -247,6 +252,8 @@ class JobSpec(_Part):
                 raise ValueError("a synthetic task has neither base_model nor data")
         elif not self.base_model or not self.data:
             raise ValueError(f"a {self.task.type} task needs [base_model] and [data]")
+        if self.evaluation.metric not in self.task.measures:
+            raise ValueError(f"metric must be one of {', '.join(self.task.measures)} for a {self.task.type} task")
         count = self.cohort.size if self.cohort.size != "all" else None
         if count is None and isinstance(self.cohort.sites, tuple):
             count = len(self.cohort.sites)
@@ -294,7 +301,7 @@ def parse(fields: dict[str, object]) -> JobSpec:
     try:
         return JobSpec.model_validate(fields)
     except ValidationError as error:
-        sentence, path = _explain(error)
+        sentence, path = explain(error)
         raise RecipeInvalid(sentence, path=path) from None
 
 
@@ -307,94 +314,3 @@ def from_json(text: str) -> JobSpec:
     if not isinstance(fields, dict):
         raise RecipeInvalid("The job spec is not a JSON object.")
     return parse(fields)
-
-
-def _explain(error: ValidationError) -> tuple[str, str]:
-    """One sentence about the first thing that is wrong, and its dotted key in the recipe ("" for the whole)."""
-    found = [(_path(detail), detail) for detail in error.errors()]
-    # A misspelt key is also a missing one; the misspelling is what helps.
-    path, first = next((entry for entry in found if entry[1]["type"] == "extra_forbidden"), found[0])
-    # Of a union, pydantic reports every branch; the one that it got furthest into is the one that was meant.
-    deeper = [(inner, detail) for inner, detail in found if len(inner) > len(path) and inner[: len(path)] == path]
-    if deeper and first["type"] != "value_error":
-        path, first = deeper[0]
-    where = ".".join(path)
-    kind, context = first["type"], first.get("ctx", {})
-    if kind == "value_error":
-        reason = str(context["error"])
-        return f"{where or 'recipe'}: {reason}.", ".".join((*path, *_key_at_fault(reason, first["input"])))
-    if kind == "extra_forbidden":
-        return f"{where} is not a known key.", where
-    if kind == "missing":
-        return f"{where} is missing.", where
-    if kind == "union_tag_not_found":
-        return f"{where} needs a `type`.", where
-    if kind == "union_tag_invalid":
-        return f"{where}.type must be {_alternatives(context['expected_tags'])}.", f"{where}.type"
-    branches = [_expected(detail) for inner, detail in found if inner == path]
-    given = json.dumps(first["input"], default=str, ensure_ascii=False)
-    given = given if len(given) <= 60 else f"{given[:60]}..."
-    return f"{where} must be {' or '.join(branches)}, not {given}.", where
-
-
-def _path(detail: ErrorDetails) -> tuple[str, ...]:
-    """The keys of the recipe in pydantic's location, without its names for the branches of unions."""
-    *parents, last = [str(part) for part in detail["loc"]] or [""]
-    keys = [part for part in parents if part not in _TAGS and not part.startswith(_TYPE_WORDS)]
-    written = detail["type"] == "extra_forbidden" or (last not in _TAGS and not last.startswith(_TYPE_WORDS))
-    return (*keys, last) if last and written else tuple(keys)
-
-
-def _expected(detail: ErrorDetails) -> str:
-    """What a value should have been, to follow "must be"."""
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind == "literal_error":
-        return _alternatives(context["expected"])
-    if kind == "string_pattern_mismatch":
-        return _PATTERNS.get(context["pattern"], "a name: at most 128 letters, digits and . _ / -")
-    phrase = _EXPECTED.get(kind.removesuffix("_parsing").removesuffix("_type"))
-    return phrase.format(**context) if phrase else f"otherwise ({detail['msg']})"
-
-
-def _alternatives(quoted: str) -> str:
-    """Pydantic's "'a', 'b', 'c'" as: "a", "b" or "c"."""
-    *names, last = (f'"{name}"' for name in re.findall(r"'([^']*)'", quoted))
-    return f"{', '.join(names)} or {last}" if names else last
-
-
-def _key_at_fault(reason: str, fields: object) -> tuple[str, ...]:
-    """The first key that a contradiction names and that is written in the recipe, for finding its line."""
-    if not isinstance(fields, dict):
-        return ()
-    for word in re.findall(r"\w+", reason):
-        if word in fields:
-            return (word,)
-        for key, inner in fields.items():
-            if isinstance(inner, dict) and word in inner and word != "type":
-                return (key, word)
-    return ()
-
-
-_TAGS = {"classification", "synthetic", "full", "lora", "none", "fedavgm", "fedadam", "fedyogi"}
-_TYPE_WORDS = ("literal[", "constrained-", "tuple[", "function-")
-_PATTERNS = {
-    f"^{NAME.pattern}$": "a site name: 1 to 63 lower-case letters, digits and hyphens",
-    f"^{DIGEST.pattern}$": "a digest: 64 lower-case hexadecimal digits",
-}
-_EXPECTED = {
-    "bool": "true or false",
-    "finite_number": "a finite number",
-    "float": "a number",
-    "greater_than": "greater than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "int": "a whole number",
-    "int_from_float": "a whole number",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "model": "a table",
-    "model_attributes": "a table with a `type`",
-    "string": "a text in quotes",
-    "too_long": "a list of at most {max_length}",
-    "too_short": "a list of at least {min_length}",
-    "tuple": "a list",
-}

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from client_agent.training.classification import TextClassification
 from client_agent.training.model import Model
+from protos.model_files import FROZEN
 from protos.tensors import make_header
-
-FROZEN = "frozen.safetensors"
 
 
 def write_tensors(tensors: Mapping[str, Tensor], *, path: Path) -> None:

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-INTERRUPTED = 130
+FAILED, REFUSED, INTERRUPTED = 1, 5, 130
 
 
 @click.command()
@@ -29,38 +29,46 @@ def demo(*, out: Path, recipe_file: Path | None) -> None:
     encoder across them, compares with each institute alone and with pooled rows, and writes a report. Ctrl-C stops
     everything. Nothing outside the folder is touched.
 
+    Exit codes: 0 done, 1 it failed, 5 the folder is in use or holds something else, 130 stopped.
+
     \b
     silotune demo
-    silotune demo --out /tmp/try --recipe my-recipe.toml
+    silotune demo --out second-try --recipe my-recipe.toml
     """
     # Only here, so that help is quick.
     from deploy.demo.run import RECIPE, Run
     from deploy.demo.workspace import claimed
     from deploy.local import CommandFailed
-    from protos.errors import SilotuneError
+    from protos.errors import AlreadyExists, Conflict, SilotuneError
 
     console = Console()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # SIGINT too: a shell that starts a command in the background has it ignored.
+        signal.signal(number, _interrupt)
     try:
         with claimed(out):
             made = Run(out, console, recipe_file=recipe_file or RECIPE).whole()
             _show(console, made, out=out)
     except KeyboardInterrupt:
+        # The live view was cut off before it could bring the cursor back.
+        console.show_cursor()
         console.print("\nStopped; every process of the demo has ended.")
         sys.exit(INTERRUPTED)
+    except (AlreadyExists, Conflict) as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(REFUSED)
     except (CommandFailed, TimeoutError, SilotuneError) as error:
-        console.print(f"\n[red bold]The demo failed.[/] {_escaped(error)}", soft_wrap=True)
-        if (out / "logs").exists():
-            console.print(f"The logs of all processes are in {out / 'logs'}.")
-        sys.exit(1)
+        console.print("\n[red bold]The demo failed.[/]")
+        console.print(str(error), markup=False, soft_wrap=True)
+        console.print(f"The logs of all processes are in {out / 'logs'}.")
+        sys.exit(FAILED)
 
 
 def _interrupt(*_: Any) -> None:
+    # Once is enough: a second Ctrl-C must not cut off the stopping of the processes.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-def _escaped(error: Exception) -> str:
-    return str(error).replace("[", "\\[")
 
 
 def _show(console: Console, made: dict[str, Any], *, out: Path) -> None:

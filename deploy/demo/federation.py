@@ -72,8 +72,9 @@ def watch(federation: LocalFederation, *, job: str) -> None:
     """`silotune job watch` with this terminal. CommandFailed: the job failed, or a process of the federation ended."""
     words = ["silotune", "job", "watch", job, "--profile", str(federation.profile)]
     federation.on_command(" ".join(words))
-    # The command that was installed with this interpreter, whatever PATH says.
-    watching = subprocess.Popen([str(Path(sys.executable).parent / words[0]), *words[1:]])
+    # The command that was installed with this interpreter, whatever PATH says. In a session of its own: a Ctrl-C is for
+    # the demo, and the watcher would answer it with the promise that the job goes on.
+    watching = subprocess.Popen([str(Path(sys.executable).parent / words[0]), *words[1:]], start_new_session=True)
     try:
         while watching.poll() is None:
             federation.check_alive()

@@ -141,7 +141,7 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RevokeSite(self, request, context):
-        """Takes effect at the site's next call, streams included. NOT_FOUND.
+        """Takes effect within a second, on streams that are open too. NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

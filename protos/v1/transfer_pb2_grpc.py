@@ -73,7 +73,7 @@ class TransferServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Read(self, request, context):
-        """The bytes of a blob from `offset` to its end, in frames. NOT_FOUND, OUT_OF_RANGE.
+        """The bytes of a blob from `offset` to its end, in frames. NOT_FOUND, INVALID_ARGUMENT (an offset beyond the end).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

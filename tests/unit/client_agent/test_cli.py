@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from client_agent import cli, first_site_file, settings
+from client_agent import cli, first_site_file, identity, settings
 from client_agent.home import Home
 from client_agent.policy import Approvals
 from tests.unit.client_agent.coordinator_in_memory import Coordinator, changed_token
@@ -153,10 +153,13 @@ def test_approvals_are_listed_shown_and_settled(tmp_path: Path) -> None:
 def test_run_refuses_beside_another_agent_and_before_enrollment(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.create()
-    with home.locked():
-        assert invoke("run", home=home).exit_code == 5
     home.site_file.write_text("")
     assert invoke("run", home=home).exit_code == 6
+    (home.identity / identity.FACTS).write_text('{"name": "st-olav", "coordinator": "localhost:1"}')
+    for name in (identity.KEY, identity.CERTIFICATE, identity.CA):
+        (home.identity / name).touch()
+    with home.locked():
+        assert invoke("run", home=home).exit_code == 5
 
 
 def test_every_command_teaches(tmp_path: Path) -> None:

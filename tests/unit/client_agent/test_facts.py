@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from client_agent import facts
 from client_agent.home import Home
@@ -48,3 +49,13 @@ def test_the_agent_tells_what_it_is_and_what_it_holds(tmp_path: Path) -> None:
     assert (info.device, info.data_sets[0].name, info.data_sets[0].rows) == ("cpu", "answers", 7)
     assert info.memory_bytes > 0
     assert info.free_disk_bytes > 0
+
+
+def test_a_data_set_that_still_cannot_be_read_is_logged_once(
+    tmp_path: Path,
+) -> None:
+    site = SiteSettings(data={"answers": DataSet(path="missing.csv")})
+    with capture_logs() as said:
+        counts = facts.count_rows(Home(tmp_path), site)
+        assert facts.count_rows(Home(tmp_path), site, before=counts) == {"answers": 0}
+    assert [line["event"] for line in said] == ["A data set cannot be used."]

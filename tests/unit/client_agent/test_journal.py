@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from client_agent.journal import Journal, Work, work_of
+from client_agent.journal import Journal, Work, check_work, work_of
 from client_agent.taskdir import FILES, UPDATE, TaskResult, write_result
 from protos.digests import digest_of
+from protos.errors import InvalidInput
 from tests.unit.client_agent.work_to_do import task
 
 WORK = work_of(task())
@@ -87,3 +88,25 @@ def test_pruning_spares_what_is_in_hand_and_the_newest_few(journal: Journal, tmp
     assert [journal.path(work).exists() for work in works] == [True, True, True, True, False, False, True]
     journal.prune(held=[], now_unix_seconds=10_000 + 8 * 86_400)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"split": "/../../../victim"}, {"split": "..", "kind": "train"}, {"job_id": "/etc"}, {"job_id": "../.."},
+        {"job_id": "a\0b"}, {"job_id": "x" * 5000},
+    ],
+)  # fmt: skip
+def test_whatever_a_task_is_called_its_directory_is_one_of_ours(
+    journal: Journal, tmp_path: Path, changes: dict[str, str]
+) -> None:
+    work = replace(WORK, **{"kind": "evaluate", **changes})
+    journal.open(work, generation=1)
+    assert [path.resolve() for path in tmp_path.iterdir()] == [journal.path(work).resolve()]
+
+
+def test_a_task_from_no_sound_coordinator_is_refused() -> None:
+    check_work(WORK)
+    for changes in ({"job_id": "/etc"}, {"job_id": ""}, {"split": "train"}, {"split": "/../../../victim"}):
+        with pytest.raises(InvalidInput):
+            check_work(replace(WORK, **changes))

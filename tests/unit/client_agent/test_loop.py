@@ -4,8 +4,11 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
-from client_agent import settings, stages
+import pytest
+
+from client_agent import identity, settings, stages
 from client_agent.home import Home
 from client_agent.main import Agent, compose
 from client_agent.policy import Approvals
@@ -17,8 +20,8 @@ MODEL = model_bytes()
 
 
 @asynccontextmanager
-async def running(home: Home) -> AsyncIterator[Agent]:
-    agent = compose(home, settings.load(home.site_file), gpu="", rows={})
+async def running(home: Home, agent: Agent | None = None) -> AsyncIterator[Agent]:
+    agent = agent or compose(home, settings.load(home.site_file), gpu="", rows={})
     working = asyncio.create_task(agent.daemon.run())
     try:
         yield agent
@@ -193,6 +196,88 @@ async def test_an_outage_in_mid_work_loses_nothing(home: Home, coordinator: Coor
         coordinator.down = False
         finish = await finish_of(coordinator)
     assert finish.HasField("succeeded")
+
+
+@pytest.mark.parametrize("hostile", ["job_id", "split"])
+async def test_a_hostile_coordinator_reaches_no_directory_outside_the_home(
+    home: Home, coordinator: Coordinator, tmp_path: Path, hostile: str
+) -> None:
+    victim = tmp_path / ("victim-1-train" if hostile == "job_id" else "victim")
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("years of work")
+    if hostile == "job_id":
+        coordinator.add_task(task(job_id=str(tmp_path / "victim")), model=MODEL)
+    else:
+        # As much of the path as an earlier task may have made.
+        (home.tasks / "j1-1-evaluate-0-").mkdir()
+        coordinator.add_task(task("evaluate", split="/../../../victim"), model=MODEL)
+    async with running(home) as agent:
+        finish = await finish_of(coordinator)
+        await coordinator.until(lambda: not agent.daemon._held)
+    assert finish.WhichOneof("outcome") == "failed"
+    assert (victim / "thesis.txt").read_text() == "years of work"
+
+
+async def test_a_disk_that_cannot_be_written_does_not_end_the_agent_and_is_said(
+    home: Home, coordinator: Coordinator
+) -> None:
+    # A full disk cannot be had here; a directory in the file's place gives the same kind of error.
+    obstacle = home.status_file.with_suffix(".json.new")
+    obstacle.mkdir()
+    async with running(home) as agent:
+        await coordinator.until(lambda: "Writing the status file failed" in agent.daemon.not_ready())
+        coordinator.add_task(task(), model=MODEL)
+        assert (await finish_of(coordinator)).HasField("succeeded")
+        obstacle.rmdir()
+        await coordinator.until(lambda: not agent.daemon.not_ready())
+        assert home.status_file.exists()
+
+
+async def test_task_directories_that_cannot_be_removed_do_not_end_the_agent(
+    home: Home, coordinator: Coordinator
+) -> None:
+    (home.tasks / "gone").symlink_to(home.path / "nowhere")
+    async with running(home) as agent:
+        for number in (1, 2):
+            coordinator.add_task(task(round=number), model=MODEL)
+            assert (await finish_of(coordinator, number - 1)).HasField("succeeded")
+        await coordinator.until(lambda: "Removing old task directories failed" in agent.daemon.not_ready())
+
+
+async def test_a_renewal_that_the_disk_refuses_does_not_end_the_agent(home: Home, coordinator: Coordinator) -> None:
+    old = identity.load(home.identity)
+    aged = coordinator.authority.sign(identity.make_csr(old.key, name="st-olav"), name="st-olav", days=3, age_days=2.5)
+    (home.identity / identity.CERTIFICATE).write_bytes(aged)
+    agent = compose(home, settings.load(home.site_file), gpu="", rows={})
+    (home.identity / "key.pem.new").mkdir()
+    async with running(home, agent):
+        await coordinator.until(lambda: "Renewing the certificate failed" in agent.daemon.not_ready())
+        coordinator.add_task(task(), model=MODEL)
+        assert (await finish_of(coordinator)).HasField("succeeded")
+
+
+async def test_a_home_that_cannot_be_looked_at_does_not_end_the_agent(home: Home, coordinator: Coordinator) -> None:
+    home.models_file.mkdir()
+    async with running(home) as agent:
+        await coordinator.until(lambda: "Looking at the agent's home failed" in agent.daemon.not_ready())
+        coordinator.add_task(task(), model=MODEL)
+        assert (await finish_of(coordinator)).HasField("succeeded")
+
+
+async def test_rows_that_are_added_are_told_with_the_next_request_for_work(
+    home: Home, coordinator: Coordinator
+) -> None:
+    file = home.path / "answers.csv"
+    file.write_text("text,label\nfever,a\ncough,b\n")
+    home.site_file.write_text('[policy]\n[data.answers]\npath = "answers.csv"\nvalidation = 0.0\n')
+
+    def told(rows: int) -> bool:
+        return bool(coordinator.asked) and coordinator.asked[-1].agent.data_sets[0].rows == rows
+
+    async with running(home):
+        await coordinator.until(lambda: told(2))
+        file.write_text("text,label\nfever,a\ncough,b\nrash,a\n")
+        await coordinator.until(lambda: told(3))
 
 
 def test_paths_do_not_leave_the_site(home: Home) -> None:

@@ -143,6 +143,14 @@ async def test_a_certificate_beyond_two_thirds_of_its_life_is_renewed(home: Home
         await coordinator.until(lambda: len(coordinator.asked) > asked)
 
 
+async def test_on_a_machine_that_is_not_enrolled_it_says_so_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with agent(Home(tmp_path / "fresh")) as process:
+        _, output = await process.communicate()
+    assert process.returncode == 6
+    assert b"This agent is not enrolled yet." in output
+    assert not (tmp_path / "fresh").exists()
+
+
 async def test_a_port_in_use_is_said_in_words(home: Home, coordinator: Coordinator) -> None:
     home.site_file.write_text(f'[http]\naddress = "{coordinator.address}"\n')
     async with agent(home) as process:

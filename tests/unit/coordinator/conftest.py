@@ -41,6 +41,10 @@ class Door:
     # Called with each (digest, offset) that is read, and with the frames that are about to be sent.
     on_read: Callable[[str, int], None] | None = None
     on_frame: Callable[[bytes], bytes] | None = None
+    # What ListJobs is refused with.
+    trouble: SilotuneError | None = None
+    # Called with the action of each ControlJob.
+    on_control: Callable[[int], None] | None = None
     _server: grpc.Server | None = None
 
     @property
@@ -134,6 +138,8 @@ class Operators(operator_pb2_grpc.OperatorServiceServicer):
         )
 
     def ListJobs(self, request: Any, context: Any) -> Any:
+        if self.door.trouble:
+            refuse(context, self.door.trouble)
         return operator_pb2.ListJobsResponse(jobs=[job.job for job in self.door.jobs.values()])
 
     def GetJob(self, request: Any, context: Any) -> Any:
@@ -147,12 +153,15 @@ class Operators(operator_pb2_grpc.OperatorServiceServicer):
 
     def ControlJob(self, request: Any, context: Any) -> Any:
         job = self._job(request.job, context).job
+        if self.door.on_control:
+            self.door.on_control(request.action)
         if job.state == operator_pb2.JOB_STATE_COMPLETED:
             refuse(context, Conflict("Job j1 is COMPLETED."))
         job.state = {
             operator_pb2.JOB_ACTION_PAUSE: operator_pb2.JOB_STATE_PAUSED,
             operator_pb2.JOB_ACTION_RESUME: operator_pb2.JOB_STATE_RUNNING,
             operator_pb2.JOB_ACTION_CANCEL: operator_pb2.JOB_STATE_CANCELLED,
+            operator_pb2.JOB_ACTION_READMIT: job.state,
         }[request.action]
         return operator_pb2.ControlJobResponse(job=job)
 

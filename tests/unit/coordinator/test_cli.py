@@ -186,6 +186,38 @@ def test_a_job_is_paused_resumed_and_cancelled(door: Any, silotune: Any):
     assert silotune(cli.job, "cancel", "j1").stdout.startswith("CANCELLED, round 1 of 2")
 
 
+def test_sites_that_were_set_aside_are_readmitted(door: Any, silotune: Any):
+    add_job(door)
+    asked: list[int] = []
+    door.on_control = asked.append
+    result = silotune(cli.job, "readmit", "j1")
+    assert (result.exit_code, asked) == (0, [operator_pb2.JOB_ACTION_READMIT])
+    assert result.stdout == "RUNNING, round 1 of 2: round 1 waits for gard\n"
+
+
+def test_why_a_job_failed_is_said_with_the_reason_of_each_site(door: Any, silotune: Any):
+    state = add_job(door, state=operator_pb2.JOB_STATE_FAILED)
+    state.job.sentence = "round 1 cannot reach its quorum: set aside: gard (no column 'text')"
+    state.tasks[0].state = operator_pb2.TASK_STATE_FAILED
+    state.tasks[0].reason = "Data set 'answers' has no column 'text'."
+    lines = [state.job.sentence, "  gard: trains round 1, failed: Data set 'answers' has no column 'text'."]
+    assert silotune(cli.job, "why", "j1").stdout.splitlines() == lines
+    told = facts_of(silotune(cli.job, "why", "j1", "--format", "json"))
+    assert (told["state"], told["waiting"], len(told["failed"])) == ("FAILED", [], 1)
+
+
+def test_what_a_site_says_of_itself_does_not_steer_the_terminal(door: Any, silotune: Any):
+    agent = agent_pb2.AgentInfo(device="\x1b[2Jcpu", version="1\r\n2", data_sets=[{"name": "\x9b31mno\u202etes"}])
+    door.sites.append(operator_pb2.SiteView(name="gard", state="ENROLLED", agent=agent))
+    add_job(door).rounds[0].updates[0].reason = "\x1b]0;owned\x07 NaN"
+    add_job(door).job.sentence = "gard\x1b[31m is\nred"
+    for arguments in ([cli.site, "list"], [cli.job, "show", "j1"], [cli.job, "why", "j1"], [cli.job, "list"]):
+        for output_format in ("text", "json"):
+            text = silotune(*arguments, "--format", output_format).stdout
+            assert all(line.isprintable() for line in text.split("\n")), arguments
+    assert "[2Jcpu" in silotune(cli.site, "list").stdout
+
+
 def test_what_the_jobs_state_does_not_allow_is_exit_code_5(door: Any, silotune: Any):
     add_job(door, state=operator_pb2.JOB_STATE_COMPLETED)
     assert silotune(cli.job, "pause", "j1").exit_code == 5

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
-from coordinator import ca
-from coordinator.client import OperatorClient, facts, load_profile, profile_directory
-from protos.errors import CorruptData, NotFound, Unauthenticated, Unavailable
+from coordinator import ca, settings
+from coordinator.client import OperatorClient, facts, load_profile
+from protos.errors import Conflict, CorruptData, NotFound, Unauthenticated, Unavailable
 from protos.v1 import operator_pb2
 
 LIST = operator_pb2.ListJobsRequest()
@@ -117,8 +118,26 @@ def test_tls_is_left_out_on_this_machine_only(door: Any, address: str, insecure:
     assert load_profile(str(directory)).insecure_loopback is insecure
 
 
-def test_a_profile_is_a_name_or_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_a_profile_is_looked_for_where_init_writes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert profile_directory("default") == tmp_path / ".config" / "silotune" / "default"
-    assert profile_directory("~/fed/operator") == tmp_path / "fed" / "operator"
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr("sys.platform", platform)
+    for name in ("default", "~/fed/operator"):
+        directory = settings.profile_directory(name)
+        assert directory.is_relative_to(tmp_path)
+        with pytest.raises(Unauthenticated, match=re.escape(f"There is no operator profile in {directory}:")):
+            load_profile(name)
+
+
+def test_an_error_is_made_printable_too(door: Any):
+    door.trouble = Conflict("gard\x1b[31m said\nno.", hint="Ask \u202egard.")
+    with OperatorClient(load_profile(door.profile())) as client, pytest.raises(Conflict) as caught:
+        client.ask("ListJobs", LIST)
+    assert (caught.value.message, caught.value.hint) == ("gard[31m saidno.", "Ask gard.")
+
+
+def test_a_recipe_is_left_as_it_is_to_the_letter(door: Any):
+    door.jobs["j1"] = operator_pb2.GetJobResponse(spec_json='{"name":"a\u202eb"}')
+    with OperatorClient(load_profile(door.profile())) as client:
+        assert client.ask("GetJob", operator_pb2.GetJobRequest(job="j1")).spec_json == '{"name":"a\u202eb"}'

@@ -102,6 +102,31 @@ def test_frozen_buffers_may_be_of_any_type(tmp_path: Path):
     }
 
 
+def joined_with(tmp_path: Path, entries: Any) -> None:
+    """Joins a sound file with one of 8 bytes of data below this table of contents."""
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    (tmp_path / "sound").write_bytes(tensor_file({"weight": ramp(3)}))
+    (tmp_path / "frozen").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    export.join([tmp_path / "sound", tmp_path / "frozen"], target=tmp_path / "joined")
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [[[0, 99]], [[8, 0]], [[-8, 0]], [[0, 8], [0, 8]], [[4, 8]], [[0, 4]], [["0", "8"]], [[0.0, 8.0]], [[8]], [None]],
+)
+def test_a_frozen_file_whose_header_lies_is_refused(tmp_path: Path, offsets: list[Any]):
+    entries = {f"t{n}": {"dtype": "U8", "shape": [8], "data_offsets": each} for n, each in enumerate(offsets)}
+    with pytest.raises(CorruptData, match="frozen"):
+        joined_with(tmp_path, entries)
+    assert not (tmp_path / "joined").exists()
+
+
+@pytest.mark.parametrize("entries", [b"no json", b"[" * 100_000, [], 3, None, {"t": 5}, {"t": {}}])
+def test_a_frozen_file_without_a_table_of_contents_is_refused(tmp_path: Path, entries: Any):
+    with pytest.raises(CorruptData, match="frozen is not a table of tensors"):
+        joined_with(tmp_path, entries)
+
+
 def test_an_adapter_keeps_its_name(door: Any, take: Any):
     offer(door, fields={**FIELDS, "method": {"type": "lora"}}, files={"adapter_config.json": b"{}"})
     directory = take()
@@ -196,10 +221,12 @@ def test_a_round_can_be_chosen(door: Any, take: Any):
         take(version=9, name="none")
 
 
-@pytest.mark.parametrize("name", ["../escape.json", "modeling.py", "pytorch_model.bin", "silotune.json", "a/b.json"])
+@pytest.mark.parametrize(
+    "name", ["../escape.json", "modeling.py", "pytorch_model.bin", "silotune.json", "model.safetensors"]
+)
 def test_a_file_that_no_model_needs_is_refused(door: Any, take: Any, tmp_path: Path, name: str):
     offer(door, files={name: b"import os"})
-    with pytest.raises(InvalidInput, match="which no model directory needs"):
+    with pytest.raises(InvalidInput, match="is not a file name"):
         take()
     assert not (tmp_path / "model").exists()
 

