@@ -242,7 +242,8 @@ def test_a_wrong_row_fails_in_one_sentence_that_names_it(hospital: Jobs) -> None
         job = submit(hospital, "wrong", method='type = "full"', sites=["partial"], rounds=1, steps=1, rate=1e-3)
         shown = hospital.end(job, seconds=120)
         assert shown["job"]["state"] == "FAILED"
-        assert "imaging" in shown["job"]["sentence"] and "row 81" in shown["job"]["sentence"]
+        assert "Data set 'notes', row 81: the label (kept at the site)" in shown["job"]["sentence"]
+        assert "imaging" not in shown["job"]["sentence"], "what a cell holds stays at the site"
         assert str(federation.home("partial")) not in shown["job"]["sentence"]
     finally:
         path.write_text(good)
