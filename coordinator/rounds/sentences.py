@@ -82,7 +82,7 @@ def waits_for_sites(job: Job, facts: Facts, round_: Round, now: float) -> str:
     if absent:
         text += f", missing {', '.join(absent)}"
     if facts.set_aside:
-        text += f"; {set_aside(facts)}"
+        text += f"; {set_aside(facts)}; `silotune job readmit` lets them take part again"
     if not ready and rules.sites == "all":
         text += ": no site is enrolled yet, `silotune site invite NAME` invites one"
     gather_left = round_.opened_at + rules.gather_seconds - now
