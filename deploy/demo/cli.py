@@ -60,7 +60,8 @@ def demo(*, out: Path, recipe_file: Path | None) -> None:
     except (CommandFailed, TimeoutError, SilotuneError) as error:
         console.print("\n[red bold]The demo failed.[/]")
         console.print(str(error), markup=False, soft_wrap=True)
-        console.print(f"The logs of all processes are in {out / 'logs'}.")
+        if (out / "logs").exists():
+            console.print(f"The logs of all processes are in {out / 'logs'}.")
         sys.exit(FAILED)
 
 

@@ -88,8 +88,11 @@ def _round(entry: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]
         "accuracy": _evaluation(shown, version=entry["number"], split="validation")["accuracy"],
         "train_loss": sum(update["metrics"]["loss"] * update["examples"] for update in counted) / rows,
         "updates": len(counted),
-        # By the coordinator's clock, phase by phase.
-        "seconds": dict(entry["seconds"]),
+        # By the coordinator's clock, phase by phase; what its worker did within `aggregating` is told apart.
+        "seconds": {name: value for name, value in entry["seconds"].items() if not name.startswith("aggregation_")},
+        "aggregation_seconds": {
+            name: value for name, value in entry["seconds"].items() if name.startswith("aggregation_")
+        },
         # At the sites, the mean over them.
         "site_seconds": {stage: mean(update["seconds"].get(stage, 0.0) for update in counted) for stage in stages},
         "bytes_up": entry["bytes_up"],
