@@ -40,7 +40,6 @@ from protos.errors import (
 from protos.identity import INSECURE_IDENTITY_KEY, Identity, Role, parse_uri
 
 REGISTRY_CACHE_SECONDS = 1.0
-# Only for a coordinator that serves without TLS on loopback.
 
 _SITES = frozenset({Role.SITE, Role.HOUSE})
 _OPERATOR = frozenset({Role.OPERATOR})

@@ -150,10 +150,8 @@ class Work:
                     _insert_update(connection, task, result, fate=fate, reason=reason)
             return fate, reason
 
-    def fail(
-        self, task_id: str, *, site: str, generation: int, state: TaskState, reason: str, final: bool = False
-    ) -> None:
-        """FAILED or DECLINED by the site. `final`: trying again would not help."""
+    def fail(self, task_id: str, *, site: str, generation: int, state: TaskState, reason: str) -> None:
+        """FAILED or DECLINED by the site."""
         with self._database.write() as connection:
             row = _own(connection, task_id, site=site)
             if row.state == state.value and row.reason == reason:
@@ -162,7 +160,7 @@ class Work:
                 raise _fenced(task_id)
             if row.state in _HELD:
                 task = task_of(row)
-                self._end(connection, task, state, reason, failures=row.failures + (HOPELESS if final else 1))
+                self._end(connection, task, state, reason, failures=row.failures + 1)
                 _note_failure(connection, task, reason, at_once=state is TaskState.DECLINED)
 
     def reject(self, task_id: str, *, site: str, generation: int, result: Result, reason: str) -> None:

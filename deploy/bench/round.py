@@ -50,7 +50,7 @@ gather_seconds = 600
 where = []
 """
 SEED = 20
-# Beyond the payloads: headers of messages, leases and heartbeats.
+# The longest that a measured job may take.
 LIMIT_SECONDS = 3600.0
 
 
