@@ -66,8 +66,13 @@ def _open(job: Job, *, number: int, attempt: int, now: float) -> OpenRound:
 
 
 def _tidy(job: Job, facts: Facts, now: float) -> Transition | None:
-    """What does not depend on the phase: leases that ran out, evaluations past their time, a new best version."""
+    """What does not depend on the phase: revoked sites, leases that ran out, late evaluations, a new best version."""
+    enrolled = {site.name for site in facts.sites}
     for task in facts.tasks:
+        if task.state.open and task.site not in enrolled:
+            # Nobody else can finish it, and its own site is not let in any more.
+            end = EndTask(task.id, TaskState.EXPIRED, "the site's enrollment was revoked")
+            return Transition((end,), f"{task.site} was revoked: {sentences.work(task)} goes on without it")
         if task.state.live and now > task.lease_until:
             again = QueueTask(task.kind, task.round, task.site, task.version, task.split)
             return Transition(

@@ -365,3 +365,12 @@ def test_a_capped_share_gives_its_excess_to_the_others_in_proportion() -> None:
     tasks = tuple(train(name, s.TaskState.SUCCEEDED) for name in "abc")
     (start,) = of(step(job(recipe), s.Facts(sites("a", "b", "c"), round_(), tasks, updates), 1.0), s.Aggregate)
     assert [part.weight for part in start.contributions] == pytest.approx([0.125, 0.375, 0.5])
+
+
+def test_work_of_a_revoked_site_ends_at_once_and_the_round_closes_without_it() -> None:
+    tasks = (train("a", s.TaskState.SUCCEEDED), train("b", s.TaskState.SUCCEEDED), train("c", s.TaskState.RUNNING))
+    facts = s.Facts(sites("a", "b"), round_(), tasks, updates=(update("a"), update("b")))
+    done = step(job(), facts, 1.0)
+    assert of(done, s.EndTask) == [s.EndTask("j.1.train.c", s.TaskState.EXPIRED, "the site's enrollment was revoked")]
+    ended = replace(tasks[2], state=s.TaskState.EXPIRED)
+    assert of(step(job(), replace(facts, tasks=(*tasks[:2], ended)), 1.0), s.Aggregate)
