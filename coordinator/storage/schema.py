@@ -19,6 +19,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    literal,
 )
 
 metadata = MetaData(
@@ -41,6 +42,8 @@ sites = Table(
     Column("certificate_serial", String(64), nullable=False, default=""),
     Column("certificate_expires_unix_seconds", Float, nullable=False, default=0.0),
     Column("last_seen_unix_seconds", Float, nullable=False, default=0.0),
+    # Raised each time the site is noted as seen: who watches it change knows that the site is there, by his own clock.
+    Column("calls", BigInteger, nullable=False, default=0, server_default="0"),
     Column("agent", JSON, nullable=False, default=dict),  # the last AgentInfo
 )
 
@@ -69,6 +72,11 @@ jobs = Table(
     Column("created_unix_seconds", Float, nullable=False),
     # Raised by every transition: a step that was computed from older facts is refused.
     Column("revision", BigInteger, nullable=False, default=0),
+    # Which replica drives the job. A new driver raises the generation, which fences the one before; the driver raises
+    # the beats each turn, and a replica that has seen them stand still for long enough, by its own clock, takes over.
+    Column("driver", String(63), nullable=False, default="", server_default=""),
+    Column("driver_generation", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("driver_beats", BigInteger, nullable=False, default=0, server_default="0"),
 )
 
 rounds = Table(
@@ -112,6 +120,9 @@ tasks = Table(
     Index("ix_tasks_site_state", "site", "state"),
     Index("ix_tasks_job_round", "job_id", "round"),
 )
+# What is not over is a handful of rows among millions.
+_OPEN = tasks.c.state.in_([literal("QUEUED"), literal("LEASED"), literal("RUNNING")])
+Index("ix_tasks_open", tasks.c.job_id, tasks.c.site, sqlite_where=_OPEN, postgresql_where=_OPEN)
 
 # How a site stands in a job. Set aside: it is not drawn again until the operator readmits it.
 standings = Table(
@@ -165,9 +176,11 @@ versions = Table(
     Column("digest", String(64), nullable=False, index=True),
     Column("size", BigInteger, nullable=False),
     # State of the server optimizer after this version; empty without one.
-    Column("optimizer_digest", String(64), nullable=False, default=""),
+    Column("optimizer_digest", String(64), nullable=False, default="", index=True),
     Column("contributions", JSON, nullable=False),
     Column("committed_unix_seconds", Float, nullable=False),
+    # Its bytes were deleted, because the settings keep only so many versions; the record stays.
+    Column("deleted", Boolean, nullable=False, default=False, server_default="0"),
 )
 
 files = Table(
@@ -195,8 +208,16 @@ uploads = Table(
     "uploads",
     metadata,
     Column("owner", String(63), primary_key=True),
-    Column("digest", String(64), primary_key=True),
+    Column("digest", String(64), primary_key=True, index=True),
     Column("size", BigInteger, nullable=False),
+)
+
+# What is true of this database as a whole, such as which blob store belongs to it.
+federation = Table(
+    "federation",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("value", Text, nullable=False),
 )
 
 events = Table(

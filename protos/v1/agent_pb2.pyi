@@ -24,6 +24,7 @@ class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_TRAINING: _ClassVar[Stage]
     STAGE_EVALUATING: _ClassVar[Stage]
     STAGE_UPLOADING: _ClassVar[Stage]
+    STAGE_PAUSED: _ClassVar[Stage]
 
 class Fate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -42,6 +43,7 @@ STAGE_LOADING: Stage
 STAGE_TRAINING: Stage
 STAGE_EVALUATING: Stage
 STAGE_UPLOADING: Stage
+STAGE_PAUSED: Stage
 FATE_UNSPECIFIED: Fate
 FATE_ACCEPTED: Fate
 FATE_REJECTED: Fate

@@ -280,12 +280,14 @@ class EventView(_message.Message):
     def __init__(self, id: _Optional[int] = ..., unix_seconds: _Optional[float] = ..., round: _Optional[int] = ..., sentence: _Optional[str] = ...) -> None: ...
 
 class ControlJobRequest(_message.Message):
-    __slots__ = ("job", "action")
+    __slots__ = ("job", "action", "site")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ACTION_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
     job: str
     action: JobAction
-    def __init__(self, job: _Optional[str] = ..., action: _Optional[_Union[JobAction, str]] = ...) -> None: ...
+    site: str
+    def __init__(self, job: _Optional[str] = ..., action: _Optional[_Union[JobAction, str]] = ..., site: _Optional[str] = ...) -> None: ...
 
 class ControlJobResponse(_message.Message):
     __slots__ = ("job",)

@@ -61,7 +61,7 @@ def test_a_coordinator_killed_between_updates_does_not_ask_for_accepted_ones_aga
 def test_a_round_closes_without_a_silent_site_and_says_whom_it_waited_for(tmp_path: Path) -> None:
     with start(tmp_path, "alfa", "bravo", "charlie") as federation:
         jobs = Jobs(federation)
-        quick = "quorum = 2\ngather_seconds = 60\nround_deadline_seconds = 100\nstall_limit_seconds = 4"
+        quick = "quorum = 2\ngather_seconds = 60\nround_deadline_seconds = 100\nstall_limit_seconds = 15"
         job = jobs.submit(rounds=1, task=LONG, cohort=quick)
         jobs.wait(job, training("charlie"), saying="training at charlie")
         federation.nodes["charlie"].kill(signal.SIGKILL)
