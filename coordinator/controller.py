@@ -1,11 +1,14 @@
 """The one loop that has effects: facts -> step -> transaction -> commands.
 
     wake or a second passes
-      for each active job:  advance its clock;  until nothing changes: read facts, step(), apply
+      for each active job that this replica drives, or that nobody drives any more:
+          advance its clock;  until nothing changes: read facts, step(), apply
       for each queued command that is not running here: run it in a process of its own, write its outcome
 
 Nothing is kept in memory that is not a row as well. A wake-up is only a hint: without it everything happens a second
-later. A coordinator killed at any line starts again here and repeats at most one aggregation.
+later. A coordinator killed at any line starts again here, or another replica goes on, and at most one aggregation is
+repeated. What a driver writes carries its generation: one that was stopped and goes on after another took its place
+changes nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +27,14 @@ from typing import Any
 import structlog
 
 from coordinator.aggregation.process import AggregationProcess
+from coordinator.presence import ServiceClock, Watch
 from coordinator.rounds import state as s
 from coordinator.rounds.machine import step
 from coordinator.storage.blobs import BlobStore
+from coordinator.storage.jobs import Driven
+from coordinator.storage.sites import CONNECTED_SECONDS
 from coordinator.storage.store import Store
+from protos.errors import SilotuneError
 
 TICK_SECONDS = 1.0
 # A step decides one thing; this many without waiting for anything means a defect, not a busy job.
@@ -47,10 +54,21 @@ class Controller:
     blobs: BlobStore
     scratch: Path
     on_work: Callable[[], None] = lambda: None
+    # Names this replica; a name that comes back is the same replica, started again.
+    replica: str = "coordinator"
     grace_seconds: float = 30.0
+    # A driver that shows no life for so long is replaced: a few turns of a loaded machine, well below any lease.
+    driver_silence_seconds: float = 6.0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _commands: dict[tuple[str, int, int], asyncio.Task[None]] = field(default_factory=dict)
+    _clock: ServiceClock = field(default_factory=ServiceClock)
+    # Generation of each job that this replica drives, and when its clock was last advanced.
+    _driving: dict[str, int] = field(default_factory=dict)
     _ticked: dict[str, float] = field(default_factory=dict)
+    _drivers: Watch = field(default_factory=Watch)
+    _sites: Watch = field(default_factory=Watch)
+    _connected: frozenset[str] = frozenset()
+    _trouble: str = ""
     _process: AggregationProcess = field(default_factory=AggregationProcess)
     _sweeping: asyncio.Task[None] | None = None
     _stopping: bool = False
@@ -68,39 +86,108 @@ class Controller:
         # What a killed coordinator was making is made again.
         await asyncio.to_thread(shutil.rmtree, self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True)
-        await asyncio.to_thread(self.store.jobs.grace, seconds=self.grace_seconds)
         while not self._stopping:
             self._wake.clear()
-            active = await asyncio.to_thread(self.store.jobs.active)
-            # A job that rests has no clock: what passes meanwhile must not be added when it goes on.
-            self._ticked = {job_id: at for job_id, at in self._ticked.items() if job_id in active}
-            for job_id in active:
-                try:
-                    await self._process.start()
-                    await self._drive(job_id)
-                except Exception:
-                    # One job's defect must not stop the others; the sentence tells its operator where to look.
-                    log.exception("a step failed", job=job_id)
-                    sentence = "the coordinator met a defect in this job and tries again; its log has the trace"
-                    await asyncio.to_thread(self.store.jobs.say, job_id, sentence)
+            try:
+                await self._turn()
+            except SilotuneError as error:
+                # The database is away or full: nothing is lost, and nothing can be decided until it is back.
+                self._say_trouble(str(error))
+            except Exception:
+                log.exception("a turn of the controller failed")
+            else:
+                self._say_trouble("")
             self.last_turn = time.monotonic()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
         for command in self._commands.values():
             command.cancel()
         await asyncio.gather(*self._commands.values(), return_exceptions=True)
+        for job_id, generation in self._driving.items():
+            with contextlib.suppress(SilotuneError):
+                await asyncio.to_thread(self.store.jobs.release, job_id, driver_generation=generation)
         await self._process.stop()
 
     def stop(self) -> None:
         self._stopping = True
         self.wake()
 
+    def _say_trouble(self, sentence: str) -> None:
+        if sentence != self._trouble:
+            log.warning(sentence or "the controller goes on")
+        self._trouble = sentence
+
+    async def _turn(self) -> None:
+        active = await asyncio.to_thread(self.store.jobs.active)
+        ids = {job.id for job in active}
+        # A job that rests has no clock: what passes meanwhile must not be added when it goes on.
+        self._ticked = {job_id: at for job_id, at in self._ticked.items() if job_id in ids}
+        self._driving = {job_id: generation for job_id, generation in self._driving.items() if job_id in ids}
+        self._drivers.keep(ids)
+        await self._look_at_sites(wanted=bool(active))
+        trouble: SilotuneError | None = None
+        for job in active:
+            try:
+                if await self._drives(job):
+                    await self._process.start()
+                    await self._drive(job.id)
+            except Exception as error:
+                if isinstance(error, SilotuneError) and error.retryable:
+                    trouble = error
+                    continue
+                # One job's defect must not stop the others; the sentence tells its operator where to look.
+                log.exception("a step failed", job=job.id)
+                sentence = "the coordinator met a defect in this job and tries again; its log has the trace"
+                generation = self._driving.get(job.id, 0)
+                await asyncio.to_thread(self.store.jobs.say, job.id, sentence, driver_generation=generation)
+        if trouble is not None:
+            raise trouble
+
+    async def _drives(self, job: Driven) -> bool:
+        """Whether this replica drives the job: it does already, or nobody has for long enough."""
+        mine = self._driving.get(job.id)
+        if mine == job.generation:
+            return True
+        if mine is not None:
+            log.warning("another replica drives the job", job=job.id, driver=job.driver)
+            del self._driving[job.id]
+        seen = (job.generation, job.beats)
+        silent_seconds = self._drivers.unchanged_seconds(job.id, seen, now=self._clock.now())
+        # The data directory is locked: an earlier process of this replica is dead.
+        if job.driver not in ("", self.replica) and silent_seconds < self.driver_silence_seconds:
+            return False
+        take = partial(self.store.jobs.take, job, driver=self.replica, grace_seconds=self.grace_seconds)
+        generation = await asyncio.to_thread(take)
+        if generation is None:
+            return False
+        log.info("drives the job", job=job.id, generation=generation, before=job.driver or None)
+        self._driving[job.id] = generation
+        self._ticked.pop(job.id, None)
+        return True
+
+    async def _look_at_sites(self, *, wanted: bool) -> None:
+        """Who is connected: a site whose calls went on within CONNECTED_SECONDS of this replica's own time."""
+        calls = await asyncio.to_thread(self.store.sites.calls) if wanted else {}
+        now, unix = self._clock.now(), time.time()
+        self._sites.keep(calls)
+        self._connected = frozenset(
+            name
+            for name, (count, seen_unix_seconds) in calls.items()
+            # At the first look, and only then, there is nothing to judge by but the time that was written down.
+            if self._sites.unchanged_seconds(name, count, now=now, at_first=abs(unix - seen_unix_seconds))
+            <= CONNECTED_SECONDS
+        )
+
     async def _drive(self, job_id: str) -> None:
+        generation = self._driving[job_id]
         for _ in range(MAX_STEPS):
-            now = time.monotonic()
+            now = self._clock.now()
             elapsed = now - self._ticked.get(job_id, now)
             self._ticked[job_id] = now
-            transition, facts, written = await asyncio.to_thread(self._step_once, job_id, elapsed)
+            stepped = await asyncio.to_thread(self._step_once, job_id, elapsed, generation)
+            if stepped is None:
+                return
+            transition, facts, written = stepped
             if facts.command is not None:
                 self._start_command(job_id, facts.command, head=facts.round.number - 1 if facts.round else 0)
             if not transition.effects:
@@ -115,19 +202,24 @@ class Controller:
                 self._start_sweep()
         raise RuntimeError(f"job {job_id} took {MAX_STEPS} steps without waiting for anything")
 
-    def _step_once(self, job_id: str, elapsed: float) -> tuple[s.Transition, s.Facts, bool]:
-        """The decision, the facts behind it, and whether it was written."""
-        if elapsed:
-            self.store.jobs.tick(job_id, elapsed_seconds=elapsed)
+    def _step_once(
+        self, job_id: str, elapsed: float, generation: int
+    ) -> tuple[s.Transition, s.Facts, bool] | None:  # fmt: skip
+        """The decision, the facts behind it, and whether it was written; None when another replica drives the job."""
+        if not self.store.jobs.tick(job_id, elapsed_seconds=elapsed, driver_generation=generation):
+            return None
         unix = time.time()
         job, facts, revision = self.store.jobs.facts(job_id, now_unix_seconds=unix)
-        facts = replace(facts, spare_bytes=self.blobs.spare_bytes())
+        if job.driver_generation != generation:
+            return None
+        sites = tuple(replace(site, connected=site.name in self._connected) for site in facts.sites)
+        facts = replace(facts, sites=sites, spare_bytes=self.blobs.spare_bytes())
         transition = step(job, facts, job.service_seconds)
         written = False
         if transition.effects:
             written = self.store.jobs.apply(job, transition, revision=revision, now_unix_seconds=unix)
         elif not job.state.ended:
-            self.store.jobs.say(job_id, transition.sentence)
+            self.store.jobs.say(job_id, transition.sentence, driver_generation=generation)
         return transition, facts, written
 
     def _start_sweep(self) -> None:
@@ -161,7 +253,11 @@ class Controller:
 
     async def _run_command(self, job_id: str, command: s.Command, head: int) -> None:
         jobs = self.store.jobs
-        which: dict[str, Any] = {"round_number": command.round, "generation": command.generation}
+        which: dict[str, Any] = {
+            "round_number": command.round,
+            "generation": command.generation,
+            "driver_generation": self._driving.get(job_id, 0),
+        }
         try:
             outcome = await self._aggregate(job_id, command, head)
         except Exception as error:

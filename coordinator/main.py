@@ -14,6 +14,7 @@ import ctypes
 import fcntl
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ from coordinator.settings import Settings, blob_directory, database_url
 from coordinator.storage.blobs import FileBlobStore
 from coordinator.storage.store import Store
 from protos.channel import SERVER_OPTIONS
+from protos.digests import digest_of
 from protos.errors import Conflict, InvalidInput
 from protos.v1 import agent_pb2, operator_pb2, transfer_pb2
 
@@ -130,6 +132,7 @@ class Coordinator:
             blobs=blobs,
             scratch=blob_directory(settings, directory) / "scratch",
             on_work=self._doorbell.ring,
+            replica=replica_name(directory),
         )
         self._readiness = observe.Readiness(
             (observe.store_check(store), observe.disk_check(blobs.spare_bytes), self._controller_check)
@@ -281,6 +284,15 @@ def server_certificate(
         ca.write_private(key_path, ca.key_pem(key))
         path.write_bytes(issued.pem)
     return key_path.read_bytes(), path.read_bytes()
+
+
+def replica_name(directory: Path) -> str:
+    """Names the coordinator of this data directory on this machine, whose lock says that there is only one.
+
+    Not a file in the directory: a copy of it, made for another replica, must not be the same replica.
+    """
+    host = socket.gethostname()
+    return f"{host[:40]}-{digest_of(f'{host}:{directory.resolve()}'.encode())[:8]}"
 
 
 def coordinator_version() -> str:

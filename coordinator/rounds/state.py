@@ -85,6 +85,8 @@ class Job:
     best_version: int | None
     service_seconds: float
     base_digest: str = ""
+    # Of the replica that drives the job: what it decided is not written once another one has taken over.
+    driver_generation: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ changes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, case, insert, or_, select, update
 
 from coordinator.rounds import state as s
 from coordinator.storage import schema
@@ -22,38 +23,76 @@ from protos.errors import Conflict
 from protos.identity import Role
 
 
+@dataclass(frozen=True)
+class Driven:
+    """Who drives a job, and how often it has shown that it lives."""
+
+    id: str
+    driver: str
+    generation: int
+    beats: int
+
+
 class Jobs:
     def __init__(self, database: Database) -> None:
         self._database = database
 
     # --- the controller's side
 
-    def active(self) -> list[str]:
-        """Ids of the jobs that a controller has to drive."""
+    def active(self) -> list[Driven]:
+        """The jobs that some controller has to drive."""
+        jobs = schema.jobs
         wanted = (s.JobState.SUBMITTED.value, s.JobState.RUNNING.value)
         with self._database.read() as connection:
-            rows = connection.execute(select(schema.jobs.c.id).where(schema.jobs.c.state.in_(wanted)))
-            return [row.id for row in rows]
-
-    def tick(self, job_id: str, *, elapsed_seconds: float) -> None:
-        """Advances the job's clock of service while it runs."""
-        jobs = schema.jobs
-        with self._database.write() as connection:
-            connection.execute(
-                update(jobs)
-                .where(jobs.c.id == job_id, jobs.c.state == s.JobState.RUNNING.value)
-                .values(service_seconds=jobs.c.service_seconds + elapsed_seconds)
+            rows = connection.execute(
+                select(jobs.c.id, jobs.c.driver, jobs.c.driver_generation, jobs.c.driver_beats)
+                .where(jobs.c.state.in_(wanted))
+                .order_by(jobs.c.created_unix_seconds, jobs.c.id)
             )
+            return [Driven(row.id, row.driver, row.driver_generation, row.driver_beats) for row in rows]
 
-    def grace(self, *, seconds: float) -> None:
-        """After a restart every live lease gets at least `seconds` to report again."""
+    def take(self, job: Driven, *, driver: str, grace_seconds: float) -> int | None:
+        """Becomes the driver: the new generation; None when somebody has driven it since `job` was read.
+
+        Every live lease gets at least `grace_seconds` to report again, because nobody renewed it meanwhile.
+        """
         tasks, jobs = schema.tasks, schema.jobs
-        now = select(jobs.c.service_seconds).where(jobs.c.id == tasks.c.job_id).scalar_subquery()
         live = tasks.c.state.in_((s.TaskState.LEASED.value, s.TaskState.RUNNING.value))
+        generation = job.generation + 1
         with self._database.write() as connection:
-            connection.execute(
-                update(tasks).where(live, tasks.c.lease_until < now + seconds).values(lease_until=now + seconds)
+            won = connection.execute(
+                update(jobs)
+                .where(jobs.c.id == job.id, jobs.c.driver_generation == job.generation)
+                .where(jobs.c.driver_beats == job.beats)
+                .values(driver=driver, driver_generation=generation)
             )
+            if won.rowcount != 1:
+                return None
+            until = _service_seconds(connection, job.id) + grace_seconds
+            connection.execute(
+                update(tasks)
+                .where(tasks.c.job_id == job.id, live, tasks.c.lease_until < until)
+                .values(lease_until=until)
+            )
+        return generation
+
+    def release(self, job_id: str, *, driver_generation: int) -> None:
+        """Lets another replica take the job at once."""
+        self._write_as_driver(job_id, driver_generation, driver="")
+
+    def tick(self, job_id: str, *, elapsed_seconds: float, driver_generation: int = 0) -> bool:
+        """Advances the job's clock of service while it runs, and shows that its driver lives.
+
+        False when this generation does not drive the job any more; generation 0 is a job that nobody ever drove.
+        """
+        jobs = schema.jobs
+        served = case((jobs.c.state == s.JobState.RUNNING.value, elapsed_seconds), else_=0.0)
+        return self._write_as_driver(
+            job_id,
+            driver_generation,
+            driver_beats=jobs.c.driver_beats + 1,
+            service_seconds=jobs.c.service_seconds + served,
+        )
 
     def facts(self, job_id: str, *, now_unix_seconds: float) -> tuple[s.Job, s.Facts, int]:
         """The job, everything a decision may depend on, and the revision that `apply` asks for."""
@@ -62,12 +101,13 @@ class Jobs:
             return _job(row), _facts(connection, row, now_unix_seconds), row.revision
 
     def apply(self, job: s.Job, transition: s.Transition, *, revision: int, now_unix_seconds: float) -> bool:
-        """Writes a transition whole, or not at all (False) when the job changed since its facts were read."""
+        """Writes a transition whole, or not at all (False) when the job or its driver changed since it was read."""
         jobs = schema.jobs
         with self._database.write() as connection:
             won = connection.execute(
                 update(jobs)
                 .where(jobs.c.id == job.id, jobs.c.revision == revision)
+                .where(jobs.c.driver_generation == job.driver_generation)
                 .values(revision=revision + 1, sentence=transition.sentence)
             )
             if won.rowcount != 1:
@@ -88,14 +128,17 @@ class Jobs:
             note(connection, job.id, number or 0, transition.sentence, now_unix_seconds)
         return True
 
-    def say(self, job_id: str, sentence: str) -> None:
+    def say(self, job_id: str, sentence: str, *, driver_generation: int) -> None:
         """Replaces the sentence that says what the job waits for."""
+        self._write_as_driver(job_id, driver_generation, sentence=sentence)
+
+    def _write_as_driver(self, job_id: str, driver_generation: int, **values: Any) -> bool:
+        jobs = schema.jobs
         with self._database.write() as connection:
-            connection.execute(
-                update(schema.jobs)
-                .where(schema.jobs.c.id == job_id, schema.jobs.c.sentence != sentence)
-                .values(sentence=sentence)
+            done = connection.execute(
+                update(jobs).where(jobs.c.id == job_id, jobs.c.driver_generation == driver_generation).values(**values)
             )
+            return done.rowcount == 1
 
     def forget_optimizer_state(self, digest: str) -> None:
         versions = schema.versions
@@ -125,10 +168,12 @@ class Jobs:
         size: int,
         optimizer_digest: str,
         seconds: Mapping[str, float],
+        driver_generation: int = 0,
     ) -> bool:
-        """False when the command is not the current one any more."""
+        """False when the command is not the current one any more, or another replica drives the job."""
         return self._end_command(
             job_id,
+            driver_generation=driver_generation,
             round_number=round_number,
             generation=generation,
             state=s.CommandState.DONE,
@@ -139,10 +184,12 @@ class Jobs:
         )
 
     def fail_command(
-        self, job_id: str, *, round_number: int, generation: int, error: str, corrupt_site: str = ""
-    ) -> bool:
+        self, job_id: str, *, round_number: int, generation: int, error: str, corrupt_site: str = "",
+        driver_generation: int = 0,
+    ) -> bool:  # fmt: skip
         return self._end_command(
             job_id,
+            driver_generation=driver_generation,
             round_number=round_number,
             generation=generation,
             state=s.CommandState.FAILED,
@@ -151,10 +198,14 @@ class Jobs:
         )
 
     def _end_command(
-        self, job_id: str, *, round_number: int, generation: int, state: s.CommandState, **values: Any
-    ) -> bool:
-        commands = schema.commands
+        self, job_id: str, *, driver_generation: int, round_number: int, generation: int, state: s.CommandState,
+        **values: Any,
+    ) -> bool:  # fmt: skip
+        commands, jobs = schema.commands, schema.jobs
+        mine = select(jobs.c.id).where(jobs.c.id == job_id, jobs.c.driver_generation == driver_generation)
         with self._database.write() as connection:
+            if connection.execute(mine).first() is None:
+                return False
             done = connection.execute(
                 update(commands)
                 .where(commands.c.job_id == job_id, commands.c.round == round_number)
@@ -233,7 +284,12 @@ def _job(row: Row[Any]) -> s.Job:
         best_version=row.best_version,
         service_seconds=row.service_seconds,
         base_digest=row.base_digest,
+        driver_generation=row.driver_generation,
     )
+
+
+def _service_seconds(connection: Connection, job_id: str) -> float:
+    return connection.execute(select(schema.jobs.c.service_seconds).where(schema.jobs.c.id == job_id)).scalar_one()
 
 
 def _facts(connection: Connection, job: Row[Any], now_unix_seconds: float) -> s.Facts:

@@ -105,10 +105,19 @@ class Sites:
 
     def see(self, name: str, *, agent: Mapping[str, Any] | None, now_unix_seconds: float) -> None:
         """Notes that the site's agent called, and what it says of itself when `agent` is given."""
-        values: dict[str, Any] = {"last_seen_unix_seconds": now_unix_seconds}
+        values: dict[str, Any] = {"last_seen_unix_seconds": now_unix_seconds, "calls": schema.sites.c.calls + 1}
         if agent is not None:
             values["agent"] = dict(agent)
         self._change(name, **values)
+
+    def calls(self) -> dict[str, tuple[int, float]]:
+        """(calls noted so far, when the last was) by the name of each enrolled site."""
+        sites = schema.sites
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(sites.c.name, sites.c.calls, sites.c.last_seen_unix_seconds).where(sites.c.state == "ENROLLED")
+            )
+            return {row.name: (row.calls, row.last_seen_unix_seconds) for row in rows}
 
     def get(self, name: str) -> SiteRow | None:
         with self._database.read() as connection:

@@ -12,6 +12,7 @@ import numpy as np
 
 from coordinator.controller import Controller
 from coordinator.rounds import state as s
+from coordinator.rounds.machine import step
 from coordinator.storage.blobs import FileBlobStore
 from coordinator.storage.store import Store
 from coordinator.storage.work import Result
@@ -63,8 +64,11 @@ class Bench:
         return True
 
     @asynccontextmanager
-    async def driven(self) -> AsyncIterator[Controller]:
-        controller = Controller(store=self.store, blobs=self.blobs, scratch=self.scratch)
+    async def driven(self, *, replica: str = "one") -> AsyncIterator[Controller]:
+        controller = Controller(
+            store=self.store, blobs=self.blobs, scratch=self.scratch / replica, replica=replica,
+            driver_silence_seconds=1.0,
+        )  # fmt: skip
         running = asyncio.create_task(controller.run())
         try:
             yield controller
@@ -83,7 +87,7 @@ async def until(what: Callable[[], bool], *, seconds: float = 20) -> None:
 async def test_a_coordinator_killed_in_mid_aggregation_starts_again_and_commits(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.begin("a", "b")
-    leftover = bench.scratch / "tmp-of-the-killed"
+    leftover = bench.scratch / "one" / "tmp-of-the-killed"
     leftover.mkdir(parents=True)
     (leftover / "version").write_bytes(b"half")
     async with bench.driven() as controller:
@@ -132,3 +136,48 @@ async def test_a_damaged_update_is_asked_for_again_and_its_parts_are_deleted_aft
         version = bench.store.views.model("j", version=1)
         assert bench.blobs.path(version.digest).read_bytes() == tensor_file(2.0)
         await until(lambda: bench.blobs.size(update.digest) is None)
+
+
+async def test_a_job_moves_to_another_replica_when_its_driver_shows_no_life(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.begin("a", "b")
+    async with bench.driven() as first:
+        await until(lambda: bench.hand_in("hq", tensor_file(0.0)))
+        first.wake()
+        await until(lambda: bench.store.views.job("j").round == 1)
+        [driven] = bench.store.jobs.active()
+        assert driven.driver == "one"
+    # A clean stop lets go of the job; a killed replica does not.
+    [released] = bench.store.jobs.active()
+    assert released.driver == ""
+    dead = bench.store.jobs.take(released, driver="dead", grace_seconds=0)
+    async with bench.driven(replica="two") as second:
+        await until(lambda: bench.store.jobs.active()[0].driver == "two")
+        assert not bench.store.jobs.tick("j", elapsed_seconds=100, driver_generation=dead or 0)
+        for site in ("a", "b"):
+            await until(lambda site=site: bench.hand_in(site, tensor_file(1.0)))
+            second.wake()
+        await until(lambda: bench.store.views.job("j").state is s.JobState.COMPLETED)
+
+
+async def test_two_replicas_at_once_drive_a_job_as_one(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.begin("a", "b")
+    async with bench.driven(), bench.driven(replica="two"):
+        for site, value in (("hq", 0.0), ("a", 1.0), ("b", 3.0)):
+            await until(lambda site=site, value=value: bench.hand_in(site, tensor_file(value)))
+        await until(lambda: bench.store.views.job("j").state is s.JobState.COMPLETED)
+    assert bench.blobs.path(bench.store.views.model("j", version=1).digest).read_bytes() == tensor_file(2.0)
+
+
+async def test_what_a_replaced_driver_decided_is_not_written(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.begin("a", "b")
+    old = bench.store.jobs.take(bench.store.jobs.active()[0], driver="old", grace_seconds=0)
+    job, facts, revision = bench.store.jobs.facts("j", now_unix_seconds=time.time())
+    assert job.driver_generation == old
+    decided = step(job, facts, 0.0)
+    assert decided.effects
+    bench.store.jobs.take(bench.store.jobs.active()[0], driver="new", grace_seconds=0)
+    assert not bench.store.jobs.apply(job, decided, revision=revision, now_unix_seconds=time.time())
+    assert bench.store.views.job("j").state is s.JobState.SUBMITTED
