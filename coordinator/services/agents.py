@@ -36,7 +36,7 @@ from protos.versions import check_versions
 READERS = 2
 MAX_WAIT_SECONDS = 30.0
 LOOK_SECONDS = 1.0
-# A site is noted as seen at most this often: each note is a write to the database.
+# A site that says nothing new is noted as seen at most this often: each note is a write to the database.
 SEEN_EVERY_SECONDS = 10.0
 MAX_AGENT_INFO_BYTES = 64 << 10
 MAX_REASON_CHARACTERS = 500
@@ -67,7 +67,7 @@ class AgentService:
         self._version = version
         self._lease_seconds = lease_seconds
         self._client_days = client_days
-        self._seen: dict[tuple[str, bool], float] = {}
+        self._seen: dict[str, tuple[float, pb.AgentInfo | None]] = {}
         self._checks: dict[tuple[str, int], asyncio.Future[Result | str]] = {}
         # Whole updates are read in threads of their own: heartbeats and leases share the others.
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="admission")
@@ -137,10 +137,12 @@ class AgentService:
         return pb.HeartbeatResponse(proceed=proceed, reason=reason, lease_seconds=self._lease_seconds)
 
     async def _see(self, site: str, *, agent: pb.AgentInfo | None) -> None:
-        # A heartbeat must not keep what the agent says of itself from being noted with its next request for work.
-        key, now = (site, agent is not None), time.monotonic()
-        if now - self._seen.get(key, float("-inf")) >= SEEN_EVERY_SECONDS:
-            self._seen[key] = now
+        at, known = self._seen.get(site, (float("-inf"), None))
+        now = time.monotonic()
+        said = None if agent is None else _lasting(agent)
+        # What has changed is noted at once: a site that has added rows may train on them in this very task.
+        if now - at >= SEEN_EVERY_SECONDS or said not in (None, known):
+            self._seen[site] = now, said or known
             facts = None if agent is None else MessageToDict(agent, preserving_proto_field_name=True)
             await asyncio.to_thread(self._store.sites.see, site, agent=facts, now_unix_seconds=time.time())
 
@@ -235,3 +237,11 @@ class AgentService:
         )
         _log.info("a certificate was renewed", site=caller.identity.name, serial=certificate.serial)
         return pb.RenewCertificateResponse(certificate=certificate.pem)
+
+
+def _lasting(agent: pb.AgentInfo) -> pb.AgentInfo:
+    """What an agent says of itself, without what is another number each time."""
+    said = pb.AgentInfo()
+    said.CopyFrom(agent)
+    said.ClearField("free_disk_bytes")
+    return said
