@@ -6,12 +6,15 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
-from client_agent import facts, identity, policy, settings
+from client_agent import facts, hold, identity, policy, settings
+from client_agent.bandwidth import rates_at
 from client_agent.home import Home
 from client_agent.models import Models
 from client_agent.probe import probe
-from client_agent.settings import DataSet, SiteSettings
+from client_agent.route import route_of
+from client_agent.settings import DataSet, Network, SiteSettings
 from client_agent.training.data import Rows, Split, read_rows
 from protos.errors import SilotuneError
 
@@ -28,12 +31,16 @@ class Finding:
 
 def all_findings(home: Home) -> Iterator[Finding]:
     """One finding after another, as each is known; reads all data and all models."""
-    yield from _identity(home)
     try:
-        site = settings.load(home.site_file)
+        site, fault = settings.load(home.site_file), ""
     except SilotuneError as error:
-        yield Finding("site.toml", False, str(error))
+        site, fault = SiteSettings(), str(error)
+    yield from _identity(home, site.network)
+    if fault:
+        yield Finding("site.toml", False, fault)
         return
+    yield Finding("bandwidth", True, _bandwidth(site.network))
+    yield Finding("hours", True, _hours(home, site))
     yield Finding("policy", site.policy is not None, policy.in_words(site.policy))
     yield from _policy_names(home, site)
     if not site.data:
@@ -46,7 +53,7 @@ def all_findings(home: Home) -> Iterator[Finding]:
     yield _disk(home)
 
 
-def _identity(home: Home) -> Iterator[Finding]:
+def _identity(home: Home, network: Network) -> Iterator[Finding]:
     try:
         enrolled = identity.load(home.identity)
     except SilotuneError as error:
@@ -62,9 +69,28 @@ def _identity(home: Home) -> Iterator[Finding]:
             True,
             f"this is {enrolled.name} ({enrolled.role}), valid until {enrolled.expires:%Y-%m-%d %H:%M} UTC",
         )
+    try:
+        route = route_of(network, ca=enrolled.ca, directory=home.site_file.parent)
+    except SilotuneError as error:
+        yield Finding("network", False, str(error))
+        return
     own = (home.identity / identity.CERTIFICATE, home.identity / identity.KEY)
-    found = probe(enrolled.coordinator, ca_pem=enrolled.ca, own=own)
-    yield Finding("network", found.reachable, found.sentence)
+    found = [probe(address, route=route, own=own) for address in enrolled.addresses]
+    # One address that answers is enough to work; of the others it is said that they do not.
+    enough = any(one.reachable for one in found)
+    for address, one in zip(enrolled.addresses, found, strict=True):
+        yield Finding("network" if len(found) == 1 else f"network, {address}", enough, one.sentence)
+
+
+def _bandwidth(network: Network) -> str:
+    hours = ", ".join(window.hours for window in network.windows)
+    return f"now {rates_at(network, datetime.now())}" + (f"; other rates may hold at {hours}" if hours else "")
+
+
+def _hours(home: Home, site: SiteSettings) -> str:
+    windows = site.schedule.hours
+    now = hold.reason(hold.PauseFile(home.pause_file).read(), windows, now=datetime.now())
+    return now or f"the trainer may work now; its hours are {', '.join(windows) or 'not limited'}"
 
 
 def _policy_names(home: Home, site: SiteSettings) -> Iterator[Finding]:

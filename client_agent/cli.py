@@ -6,78 +6,24 @@ or already there; 6 unauthenticated or forbidden; 7 coordinator unreachable; 8 o
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
 import time
-import traceback
-from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from client_agent import facts, first_site_file, identity, policy, settings
+from client_agent import facts, first_site_file, hold, identity, policy
 from client_agent.home import Home
 from client_agent.models import BaseModel, Models, check_model_name, fetch_from_hub
 from client_agent.observe import StatusFile
+from client_agent.terminal import command, console, format_option, home_option
 from protos import errors
-from protos.errors import EXIT_CODES, SilotuneError
 from protos.identity import JoinToken, check_name
 
 FAULT = 1
-
-console = Console(highlight=False)
-home_option = click.option(
-    "--home",
-    "home",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=None,
-    help="The agent's home directory [default: ~/.local/share/silotune-agent].",
-)
-format_option = click.option(
-    "--format", "output", type=click.Choice(["text", "json"]), default="text", help="Text for people, or JSON."
-)
-
-
-def command(function: Callable[..., Any]) -> Callable[..., None]:
-    """Turns --home into a Home, our errors into sentences and exit codes, and with --format json both into JSON.
-
-    The function returns the facts that JSON prints, or (facts, exit code).
-    """
-
-    @functools.wraps(function)
-    def wrapped(*, home: Path | None, output: str = "text", **options: Any) -> None:
-        as_json = output == "json"
-        try:
-            answer = function(home=Home(home or settings.default_home()), text=not as_json, **options)
-        except SilotuneError as error:
-            code = EXIT_CODES[error.code]
-            if as_json:
-                fault = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-                _print_json("error", code, fault)
-            else:
-                click.echo(f"error: {error.message}", err=True)
-                if error.hint:
-                    click.echo(f"hint: {error.hint}", err=True)
-            sys.exit(code)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception:
-            traceback.print_exc()
-            sys.exit(EXIT_CODES["INTERNAL"])
-        data, code = answer if isinstance(answer, tuple) else (answer, 0)
-        if as_json:
-            _print_json("ok" if code == 0 else "error", code, data)
-        sys.exit(code)
-
-    return wrapped
-
-
-def _print_json(status: str, code: int, data: Any) -> None:
-    click.echo(json.dumps({"schema_version": "1", "status": status, "exit_code": code, "data": data}, indent=2))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -99,29 +45,48 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--coordinator", required=True, metavar="HOST:PORT", help="Where the coordinator answers agents.")
+@click.option(
+    "--coordinator",
+    required=True,
+    metavar="HOST:PORT",
+    help="Where the coordinator answers agents; several addresses with commas between.",
+)
 @click.option("--token", required=True, help="The line that `silotune site invite` printed.")
 @click.option("--replace", is_flag=True, help="Enroll afresh although this agent is enrolled already.")
+@click.option("--proxy", default="", metavar="URL", help="Go through this HTTP proxy; site.toml keeps it.")
+@click.option(
+    "--ca-bundle",
+    default="",
+    metavar="FILE",
+    help="CAs in PEM that may vouch for the coordinator besides the federation's own; site.toml keeps it.",
+)
 @home_option
 @format_option
 @command
-def enroll(*, home: Home, text: bool, coordinator: str, token: str, replace: bool) -> dict[str, Any]:
+def enroll(
+    *, home: Home, text: bool, coordinator: str, token: str, replace: bool, proxy: str, ca_bundle: str
+) -> dict[str, Any]:
     """Joins a federation with a one-time token.
 
     The key is made here and stays here; only a signing request is sent. Repeating the command after a lost answer is
     safe.
 
     \b
-    Example:
+    Examples:
       silotune-agent enroll --coordinator fed.example.org:9443 --token silo1.eyJuYW1lIjoi...
+      silotune-agent enroll --coordinator a.example.org:9443,b.example.org:9443 --proxy http://proxy:3128 --token ...
     """
-    _check_address(coordinator)
+    _check_addresses(coordinator)
     parsed = JoinToken.decode(token)
     check_name(parsed.name)
     home.create()
+    bundle = str(Path(ca_bundle).resolve()) if ca_bundle else ""
     with home.locked():
-        enrolled = identity.enroll(home.identity, token=parsed, coordinator=coordinator, replace=replace)
-        wrote = first_site_file.write(home.site_file)
+        network = first_site_file.network_with(home.site_file, proxy=proxy, ca_bundle=bundle)
+        enrolled = identity.enroll(
+            home.identity, token=parsed, coordinator=coordinator, replace=replace, network=network
+        )
+        wrote = first_site_file.write(home.site_file, network=network)
     if text:
         console.print(f"Enrolled as [bold]{enrolled.name}[/] at {coordinator}.")
         console.print(f"The certificate is valid until {enrolled.expires:%Y-%m-%d %H:%M} UTC and renews itself.")
@@ -185,6 +150,7 @@ def status(*, home: Home, text: bool) -> dict[str, Any]:
         "connected": bool(now.get("connected")),
         "not_ready": now.get("not_ready", ""),
         "waits_for": now.get("waits_for", ""),
+        "hold": now.get("hold", "") if running else _pause_sentence(home),
         "tasks": now.get("tasks", []),
     }
     if text:
@@ -192,13 +158,54 @@ def status(*, home: Home, text: bool) -> dict[str, Any]:
         if running:
             age = time.time() - now.get("unix_seconds", 0)
             console.print(f"  {'connected' if shown['connected'] else 'not connected'}, {age:.0f} s ago")
-        for line in (shown["not_ready"], shown["waits_for"]):
+        for line in dict.fromkeys((shown["hold"], shown["not_ready"], shown["waits_for"])):
             if line:
                 console.print(f"  {line}", markup=False)
         for task in shown["tasks"]:
             part = f" {100 * task['done'] / task['total']:.0f} %" if task["total"] else ""
             console.print(f"  job {task['job']}, round {task['round']}, {task['kind']}: {task['stage']}{part}")
     return shown
+
+
+def _pause_sentence(home: Home) -> str:
+    return hold.reason(hold.PauseFile(home.pause_file).read(), (), now=datetime.now())
+
+
+@main.command()
+@click.option("--for", "for_", metavar="TIME", help='Such as "90m", "2h" or "1d" [default: until `resume`].')
+@home_option
+@format_option
+@command
+def pause(*, home: Home, text: bool, for_: str | None) -> dict[str, Any]:
+    """Gives this machine's device back at the trainer's next step, and keeps it free.
+
+    The training's state is saved and goes on later from there, bit for bit as if it had not been paused. The task stays
+    this site's; the coordinator is told that it is paused, and closes its round by the round's own rules. Holds over
+    restarts of the agent.
+
+    \b
+    Example:
+      silotune-agent pause --for 2h
+    """
+    identity.load(home.identity)
+    until = None if for_ is None else time.time() + hold.duration_seconds(for_)
+    hold.PauseFile(home.pause_file).write(hold.Pause(until))
+    if text:
+        console.print(_pause_sentence(home), soft_wrap=True)
+    return {"paused": True, "until_unix_seconds": until}
+
+
+@main.command()
+@home_option
+@format_option
+@command
+def resume(*, home: Home, text: bool) -> dict[str, Any]:
+    """Ends a pause."""
+    identity.load(home.identity)
+    hold.PauseFile(home.pause_file).remove()
+    if text:
+        console.print("This site is not paused; it works within its hours.")
+    return {"paused": False}
 
 
 @main.command()
@@ -362,10 +369,11 @@ def _settle(home: Home, spec_hash: str, *, approved: bool, text: bool) -> dict[s
     return {"spec_hash": approval.spec_hash, "job_name": approval.job_name, "verdict": approval.verdict}
 
 
-def _check_address(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise click.UsageError(f"--coordinator {address!r} is not HOST:PORT, for example fed.example.org:9443.")
+def _check_addresses(coordinator: str) -> None:
+    for address in coordinator.split(","):
+        host, _, port = address.strip().rpartition(":")
+        if not host or not port.isdigit():
+            raise click.UsageError(f"--coordinator {coordinator!r} is not HOST:PORT, like fed.example.org:9443.")
 
 
 if __name__ == "__main__":

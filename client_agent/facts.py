@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ import structlog
 from client_agent.home import Home
 from client_agent.models import Models
 from client_agent.settings import Device, SiteSettings
-from client_agent.taskdir import write_json
+from client_agent.taskdir import read_json, write_json
 from client_agent.training.data import fingerprint, read_rows, without_content
 from protos.digests import digest_of
 from protos.errors import SilotuneError
@@ -62,7 +61,7 @@ def count_rows(home: Home, settings: SiteSettings, *, before: Mapping[str, int] 
 
     `before` is the last answer: a data set that could not be read then either is not logged again.
     """
-    noted = json.loads(home.row_counts_file.read_text()) if home.row_counts_file.exists() else {}
+    noted = read_json(home.row_counts_file) or {}
     kept: dict[str, int] = {}
     counts = {}
     for name, data_set in settings.data.items():
@@ -78,7 +77,12 @@ def count_rows(home: Home, settings: SiteSettings, *, before: Mapping[str, int] 
         else:
             counts[name] = kept[stamp]
     if kept != noted:
-        write_json(home.row_counts_file, kept)
+        try:
+            write_json(home.row_counts_file, kept)
+        except OSError as error:
+            # Next time they are counted anew. At the start nothing else would say why that takes long.
+            if before is None:
+                log.warning("The row counts cannot be kept on this disk.", reason=error.strerror)
     return counts
 
 

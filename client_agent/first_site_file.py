@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from client_agent import settings
+from client_agent.settings import Network
+from protos.errors import Conflict, InvalidInput
 
 TEXT = """\
 # What this site offers to the federation, and what it allows. `silotune-agent check` says whether it is in order;
@@ -37,15 +42,58 @@ name = "auto"          # "auto" takes the first GPU; or "cpu", "cuda:1"
 # min_rows = 100                  # refuse jobs on data sets with fewer rows
 # approval = "ask"                # each new job waits for `silotune-agent approve`; or "automatic"
 
+# --- network: needed only where the way to the coordinator is not plain
+#
+# [network]
+# proxy = "http://proxy.hospital:3128"      # or http://USER:PASSWORD@...; default: https_proxy of the environment
+# ca_bundle = "/etc/ssl/hospital.pem"       # CAs that may vouch for the coordinator besides the federation's own
+# upload_mbit = 20                          # Mbit/s of payload; default: without limit
+# download_mbit = 50
+# keepalive_seconds = 20                    # less, down to 5, where a firewall forgets idle connections
+#
+# [[network.windows]]                       # other rates for some hours
+# hours = "Mon-Fri 08:00-18:00"
+# upload_mbit = 5
+# download_mbit = 20
+
+# --- hours in which the trainer may use this machine; default: always. A training that is cut off goes on at the next.
+#
+# [schedule]
+# hours = ["Mon-Fri 19:00-06:00", "Sat-Sun 00:00-24:00"]
+
 # --- /metrics, /healthz, /readyz
 [http]
 address = "127.0.0.1:9481"
 """
 
 
-def write(path: Path) -> bool:
-    """Whether a first file was written; an existing one is left as it is."""
-    if path.exists():
-        return False
-    path.write_text(TEXT)
-    return True
+def network_with(path: Path, *, proxy: str, ca_bundle: str) -> Network:
+    """The [network] of the site file with what enrollment was told; empty text is not told.
+
+    InvalidInput: not the URL of a proxy. Conflict: the file says something else.
+    """
+    try:
+        settings.check_proxy(proxy)
+    except ValueError as error:
+        raise InvalidInput(f"--proxy: {error}.") from None
+    site = settings.load(path) if path.exists() else settings.SiteSettings()
+    told = {name: text for name, text in (("proxy", proxy), ("ca_bundle", ca_bundle)) if text}
+    for name, text in told.items():
+        if "network" in site.model_fields_set and getattr(site.network, name) != text:
+            raise Conflict(
+                f"{path} has a [network] section with another {name}.",
+                hint="Change it there; enrollment without the option goes by that file.",
+            )
+    return site.network.model_copy(update=told)
+
+
+def write(path: Path, *, network: Network) -> bool:
+    """Whether a first file was written. An existing one is left as it is, but for a [network] that it does not have."""
+    fresh = not path.exists()
+    if fresh:
+        path.write_text(TEXT)
+    told = {name: text for name, text in (("proxy", network.proxy), ("ca_bundle", network.ca_bundle)) if text}
+    if told and "network" not in settings.load(path).model_fields_set:
+        with path.open("a") as file:
+            file.write("\n[network]\n" + "".join(f"{name} = {json.dumps(text)}\n" for name, text in told.items()))
+    return fresh

@@ -8,6 +8,7 @@ tasks/         one directory for each task in hand: the journal
 approvals/     job specs that wait for, or have, the administrator's verdict
 log/           output of the trainer; it never leaves the site
 status.json    what the running agent does now, for `silotune-agent status`
+pause.json     there while the administrator has paused the site
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class Home:
     @property
     def status_file(self) -> Path:
         return self.path / "status.json"
+
+    @property
+    def pause_file(self) -> Path:
+        return self.path / "pause.json"
 
     @property
     def row_counts_file(self) -> Path:

@@ -20,11 +20,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from client_agent.probe import probe
+from client_agent.route import Route, route_of
 from client_agent.rpc import from_rpc_error
+from client_agent.settings import Network
 from client_agent.taskdir import sync_directory, write_json
-from protos.channel import CLIENT_OPTIONS
 from protos.errors import AlreadyExists, InvalidInput, SilotuneError, Unauthenticated, Unavailable
-from protos.identity import Identity, JoinToken, parse_uri
+from protos.identity import Identity, JoinToken, addresses_of, parse_uri
 from protos.v1 import agent_pb2, agent_pb2_grpc
 
 KEY, CERTIFICATE, CA, FACTS = "key.pem", "certificate.pem", "ca.pem", "identity.json"
@@ -38,10 +39,14 @@ class SiteIdentity:
     """An enrolled agent: where it reports, and the PEM files with which it does."""
 
     name: str
-    coordinator: str  # host:port of the coordinator's main listener
+    coordinator: str  # host:port of the coordinator's main listener; of each replica, with commas between
     key: bytes
     certificate: bytes
     ca: bytes
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return addresses_of(self.coordinator)
 
     @property
     def leaf(self) -> x509.Certificate:
@@ -115,8 +120,10 @@ def is_enrolled(directory: Path) -> bool:
     return (directory / FACTS).exists()
 
 
-def enroll(directory: Path, *, token: JoinToken, coordinator: str, replace: bool = False) -> SiteIdentity:
-    """Makes a key, has it certified, writes the identity.
+def enroll(
+    directory: Path, *, token: JoinToken, coordinator: str, replace: bool = False, network: Network | None = None
+) -> SiteIdentity:
+    """Makes a key, has it certified, writes the identity. `network` says which way; site.toml lies beside `directory`.
 
     AlreadyExists: enrolled before and not `replace`. Unauthenticated: the token is used up, expired or unknown.
     Unavailable: the enrollment address cannot be reached, or what answers there is not the token's coordinator.
@@ -128,17 +135,13 @@ def enroll(directory: Path, *, token: JoinToken, coordinator: str, replace: bool
             hint="Nothing needs to be done. With --replace it is enrolled afresh with the new token.",
         )
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    ca = x509.load_der_x509_certificate(token.ca_der).public_bytes(serialization.Encoding.PEM)
+    route = route_of(network or Network(), ca=ca, directory=directory.parent)
     # The key of an attempt whose answer was lost is used again: the coordinator answers a repeat with the same key.
     key_file = directory / (KEY + _NEW)
     key = key_file.read_bytes() if key_file.exists() else _write_key(key_file)
-    ca = x509.load_der_x509_certificate(token.ca_der).public_bytes(serialization.Encoding.PEM)
-    credentials = grpc.ssl_channel_credentials(root_certificates=ca)
     request = agent_pb2.EnrollRequest(token=token.secret, csr=make_csr(key, name=token.name))
-    with grpc.secure_channel(token.enrollment_address, credentials, options=CLIENT_OPTIONS) as channel:
-        try:
-            answer = agent_pb2_grpc.EnrollmentServiceStub(channel).Enroll(request, timeout=ENROLL_TIMEOUT_SECONDS)
-        except grpc.RpcError as error:
-            raise _explained(from_rpc_error(error), address=token.enrollment_address, ca=ca) from error
+    answer = _certified_at_one_of(addresses_of(token.enrollment_address), request, route=route)
     identity = SiteIdentity(name=token.name, coordinator=coordinator, key=key, certificate=answer.certificate, ca=ca)
     _check_certificate(identity)
     (directory / CA).write_bytes(ca)
@@ -147,11 +150,28 @@ def enroll(directory: Path, *, token: JoinToken, coordinator: str, replace: bool
     return identity
 
 
-def _explained(error: SilotuneError, *, address: str, ca: bytes) -> SilotuneError:
+def _certified_at_one_of(
+    addresses: tuple[str, ...], request: agent_pb2.EnrollRequest, *, route: Route
+) -> agent_pb2.EnrollResponse:
+    """The answer of the first address that gives one; the last one's error when none does."""
+    credentials = grpc.ssl_channel_credentials(root_certificates=route.trusted)
+    failure: SilotuneError = InvalidInput("The join token names no address.")
+    for address in addresses:
+        with grpc.secure_channel(address, credentials, options=route.options(address)) as channel:
+            try:
+                return agent_pb2_grpc.EnrollmentServiceStub(channel).Enroll(request, timeout=ENROLL_TIMEOUT_SECONDS)
+            except grpc.RpcError as error:
+                failure = _explained(from_rpc_error(error), address=address, route=route)
+        if not isinstance(failure, Unavailable):
+            break
+    raise failure
+
+
+def _explained(error: SilotuneError, *, address: str, route: Route) -> SilotuneError:
     """gRPC's "unavailable" in words that say what to do; any other error as it is."""
     if not isinstance(error, Unavailable):
         return error
-    found = probe(address, ca_pem=ca)
+    found = probe(address, route=route)
     if found.reachable:
         return error
     hint = "Enrollment has an address of its own, which the token carries; a firewall must let it through too."

@@ -7,15 +7,25 @@ the coordinator's committed answer, not before, so a result is offered again unt
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from client_agent.hashing import hash_file
-from client_agent.taskdir import FILES, RESULT, UPDATE, TaskResult, read_result, write_json
+from client_agent.taskdir import (
+    FILES,
+    RESULT,
+    UPDATE,
+    TaskResult,
+    read_json,
+    read_result,
+    remove_checkpoint,
+    sync_directory,
+    write_json,
+)
 from protos.errors import InvalidInput
 from protos.identity import check_job_id
 from protos.v1 import agent_pb2
@@ -99,6 +109,11 @@ class Entry:
     # INIT: the base model that version 0 was built from; the grant itself may not name one.
     base_digest: str = ""
 
+    def update_facts(self) -> dict[str, Any]:
+        """Digest and size of the update, as the log names it."""
+        update = next((blob for blob in self.blobs or () if blob.file == UPDATE), None)
+        return {"digest": update.digest if update else "", "bytes": update.size if update else 0}
+
 
 class Journal:
     def __init__(self, directory: Path) -> None:
@@ -114,6 +129,7 @@ class Journal:
         if entry is None or entry.work != work:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
+            sync_directory(self._directory)
             entry = Entry(work)
         return self.record(replace(entry, generation=generation))
 
@@ -144,7 +160,9 @@ class Journal:
         sealed = self._seal(entry)
         if entry.blobs is not None and entry.blobs != sealed.blobs:
             return None
-        return self.record(sealed), result
+        self.record(sealed)
+        remove_checkpoint(path)
+        return sealed, result
 
     def restart(self, entry: Entry) -> Entry:
         """Before the trainer runs: nothing of an unfinished or damaged result may be taken for a finished one."""
@@ -166,10 +184,11 @@ class Journal:
 
 
 def _read(path: Path) -> Entry | None:
+    """None when there is none, or none that can be understood: then the work begins anew."""
     try:
-        fields = json.loads((path / JOURNAL).read_text())
-    except FileNotFoundError:
+        fields = dict(read_json(path / JOURNAL))
+        work = Work(**fields.pop("work"))
+        blobs = fields.pop("blobs")
+        return Entry(work=work, blobs=None if blobs is None else tuple(Blob(**blob) for blob in blobs), **fields)
+    except (TypeError, ValueError, KeyError):
         return None
-    work = Work(**fields.pop("work"))
-    blobs = fields.pop("blobs")
-    return Entry(work=work, blobs=None if blobs is None else tuple(Blob(**blob) for blob in blobs), **fields)

@@ -3,13 +3,29 @@
 Nothing depends on a message that is sent once: each step asks the coordinator what to do, or repeats what was done. A
 fenced lease stops no work by itself. The loop asks for the same work again, and goes on under the new generation when
 it is granted; only what is granted no more is stopped.
+
+What the log says of a task is the site's history of it, each line once when it is true, with job, round, task (its
+kind), version, split and generation:
+
+    A task was granted.             The lease was granted anew; the work goes on.
+    The trainer begins.             resumed_step: 0, or that of the checkpoint from which it goes on
+    The trainer has finished.       steps
+    The trainer died; it goes on from its checkpoint.      reason, step
+    The task is paused.             reason           The task goes on.
+    The result is sealed.           digest, bytes    (of the update; empty and 0 for an evaluation)
+    The finished result of an earlier grant is offered again.      digest, bytes
+    The result was uploaded.        digest, bytes, sent_bytes (payload on the wire, all attempts of this process)
+    The task succeeded. | failed. | declined.      fate, digest: the coordinator has committed it
+    The task is stopped.            reason: it is not wanted any more
 """
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any, TypeVar
 
 import structlog
@@ -19,6 +35,7 @@ from client_agent.journal import work_of
 from client_agent.observe import STAGES, Disk, StatusFile
 from client_agent.session import Session, Waiting
 from client_agent.stages import Grant, Outcome, Refused, Stages, failed
+from client_agent.taskdir import full_disk_waits
 from protos.errors import AlreadyExists, Conflict, InvalidInput, LeaseFenced, NotFound, SilotuneError
 from protos.v1 import agent_pb2
 
@@ -29,6 +46,8 @@ REGAIN_WAIT_SECONDS = 5.0
 REGRANTS = 5
 REFUSED_PAUSE_SECONDS = 30.0
 RENEWAL_CHECK_SECONDS = 60.0
+HOLD_LOOK_SECONDS = 1.0
+TASK, TRANSFER = "The task in hand", "A transfer"
 
 log = structlog.get_logger()
 Answer = TypeVar("Answer")
@@ -57,6 +76,7 @@ class Daemon:
         """Until cancelled. Work in hand stays in the journal."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._renew_certificate())
+            group.create_task(self._watch_hold())
             while True:
                 await self._wants_work.wait()
                 task = self._granted.pop(0) if self._granted else await self._next_task()
@@ -72,7 +92,7 @@ class Daemon:
             return "site.toml has no [policy]: nothing runs here"
         if not self._session.connected:
             return self._waiting.sentence or "the coordinator has not answered yet"
-        return self._disk.sentence
+        return self._disk.sentence or self._stages.hold.sentence
 
     def show_status(self) -> None:
         """Metrics and the status file, from the state as it is now."""
@@ -81,11 +101,14 @@ class Daemon:
         metrics.certificate_expiry.set(self._session.identity.expires.timestamp())
         stages = [grant.progress.stage for grant in self._held.values()]
         metrics.set_stage(STAGES[max(stages, default=0)])
+        with self._disk.tried("Looking at the disk"):
+            metrics.disk_spare.set(shutil.disk_usage(self._stages.home.path).free)
         with self._disk.tried("Writing the status file"):
             self._status.write(
                 connected=self._session.connected,
                 waits_for=self._waiting.sentence,
                 not_ready=self.not_ready(),
+                hold=self._stages.hold.sentence,
                 tasks=[
                     {
                         "job": grant.work.job_id,
@@ -146,7 +169,7 @@ class Daemon:
             del self._held[grant.task.id]
             grant.task = answer.task
             self._held[grant.task.id] = grant
-            log.info("The lease was granted anew; the work goes on.", generation=grant.task.generation)
+            grant.log.info("The lease was granted anew; the work goes on.")
             return True
 
     async def _under_lease(self, grant: Grant, operation: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -154,11 +177,15 @@ class Daemon:
         for _ in range(REGRANTS):
             generation = grant.task.generation
             try:
-                return await self._session.patiently(operation)
+                return await self._session.patiently(lambda: self._noting(operation))
             except (LeaseFenced, NotFound) as error:
                 if not await self._regain(grant, generation=generation):
                     raise LeaseLost(str(error)) from error
         raise Conflict("The lease of this task was replaced again and again.", hint="Do two agents use one identity?")
+
+    async def _noting(self, operation: Callable[[], Awaitable[Answer]]) -> Answer:
+        with self._disk.noted(TRANSFER):
+            return await operation()
 
     async def _heartbeats(self, grant: Grant) -> str:
         """Renews the lease until the work is not wanted any more; returns why."""
@@ -198,8 +225,7 @@ class Daemon:
     # --- one task
 
     async def _work(self, grant: Grant) -> None:
-        logger = log.bind(job=grant.work.job_id, round=grant.work.round, task=grant.work.kind)
-        logger.info("A task was granted.", generation=grant.task.generation)
+        grant.log.info("A task was granted.")
         beats = asyncio.create_task(self._heartbeats(grant))
         steps = asyncio.create_task(self._outcome(grant))
         try:
@@ -209,18 +235,20 @@ class Daemon:
                 await _cancelled(beats)
                 await self._finish(grant, steps.result())
             else:
-                logger.info("The task is stopped.", reason=beats.result())
+                grant.log.info("The task is stopped.", reason=beats.result())
                 await _cancelled(steps)
         except LeaseLost as lost:
-            logger.info("The task is stopped.", reason=str(lost))
+            grant.log.info("The task is stopped.", reason=str(lost))
         except SilotuneError as error:
             # The coordinator does not talk to this agent any more. What is finished waits in the journal.
-            logger.error("The result could not be handed in.", reason=error.message, hint=error.hint)
+            grant.log.error("The result could not be handed in.", reason=error.message, hint=error.hint)
         finally:
             await _cancelled(beats)
             await _cancelled(steps)
             self._held.pop(grant.task.id, None)
             self._count_hands()
+            for what in (TASK, TRANSFER):
+                self._disk.forget(what)
             held = [other.work for other in self._held.values()]
             with self._disk.tried("Removing old task directories"):
                 await asyncio.to_thread(self._stages.journal.prune, held=held, now_unix_seconds=time.time())
@@ -230,31 +258,35 @@ class Daemon:
         """What is reported for the task. LeaseLost when nobody wants to hear it."""
         stages = self._stages
         try:
-            grant.at(agent_pb2.STAGE_APPROVING)
             spec = await stages.approve(grant, on_ask=self._count_hands)
             self._count_hands()
             async with self._device:
-                return await self._compute(grant, spec)
+                return await self._session.patiently(lambda: self._compute(grant, spec))
         except Refused as refused:
-            log.warning("The task is declined.", reason=str(refused))
+            grant.log.warning("The site declines the task.", reason=str(refused))
             return agent_pb2.Declined(reason=stages.without_paths(str(refused)))
         except SilotuneError as error:
-            log.error("The task failed.", reason=error.message, hint=error.hint)
+            grant.log.error("The work failed.", reason=error.message, hint=error.hint)
             return failed(error)
         except LeaseLost:
             raise
         except OSError as error:
-            log.exception("The task failed at this machine's disk.")
+            grant.log.exception("The work failed at this machine's disk.")
             return agent_pb2.Failed(reason=f"The agent could not use its disk: {error.strerror}.")
         except Exception as error:
             # A defect of ours must be reported, not end the daemon; its text may quote anything, so it stays here.
-            log.exception("The task failed by a defect of the agent.")
+            grant.log.exception("The work failed by a defect of the agent.")
             return agent_pb2.Failed(
                 reason=f"The agent failed with {type(error).__name__}.",
                 hint="The agent's log at the site has the details.",
             )
 
     async def _compute(self, grant: Grant, spec: Any) -> Outcome:
+        """One attempt. OutOfSpace when this machine's disk is full; what was reached is in the journal."""
+        with self._disk.noted(TASK), full_disk_waits():
+            return await self._steps(grant, spec)
+
+    async def _steps(self, grant: Grant, spec: Any) -> Outcome:
         stages = self._stages
         seconds: dict[str, float] = {}
         entry = await asyncio.to_thread(stages.journal.open, grant.work, generation=grant.task.generation)
@@ -267,7 +299,7 @@ class Daemon:
             if grant.first_step_seconds is not None:
                 seconds["first_step"] = grant.first_step_seconds
         else:
-            log.info("The finished result of an earlier grant is offered again.", job=grant.work.job_id)
+            grant.log.info("The finished result of an earlier grant is offered again.", **adopted[0].update_facts())
         entry, result = adopted
         began = time.monotonic()
         await stages.upload(grant, entry, under_lease=self._under_lease)
@@ -283,19 +315,32 @@ class Daemon:
             getattr(request, field).CopyFrom(outcome)
             return self._session.finish(request)
 
-        logger = log.bind(job=grant.work.job_id, round=grant.work.round, task=grant.work.kind)
         try:
             answer = await self._under_lease(grant, attempt)
         except (InvalidInput, AlreadyExists) as error:
-            logger.error("The coordinator refused the result.", reason=error.message, hint=error.hint)
-            fate = "refused"
+            grant.log.error("The coordinator refused the result.", reason=error.message, hint=error.hint)
         else:
-            fate = agent_pb2.Fate.Name(answer.fate).removeprefix("FATE_").lower()
-            logger.info(
-                f"The task {field}.", **({"fate": fate, "reason": answer.reason} if answer.reason else {"fate": fate})
-            )
+            told: dict[str, str] = {"fate": agent_pb2.Fate.Name(answer.fate).removeprefix("FATE_").lower()}
+            if isinstance(outcome, agent_pb2.Succeeded):
+                told["digest"] = outcome.manifest.blob.digest
+            if answer.reason:
+                told["reason"] = answer.reason
+            grant.log.info(f"The task {field}.", **told)
         self._stages.metrics.tasks_finished.labels(grant.work.kind, field).inc()
         await asyncio.to_thread(self._stages.journal.remove, grant.work)
+
+    async def _watch_hold(self) -> None:
+        hold = self._stages.hold
+        while True:
+            with self._disk.tried("Looking for a pause"):
+                if hold.look(now=datetime.now()):
+                    log.info(hold.sentence or "The site works again.")
+                    self.show_status()
+            if hold.sentence and not self._device.locked():
+                # Nothing runs in it, but what it keeps warm is memory of the device.
+                async with self._device:
+                    await self._stages.runner.close()
+            await asyncio.sleep(HOLD_LOOK_SECONDS)
 
     async def _renew_certificate(self) -> None:
         said = ""

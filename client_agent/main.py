@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import structlog
 
 from client_agent import facts, identity, settings
+from client_agent.hold import Hold, PauseFile
 from client_agent.home import Home
 from client_agent.loop import Daemon
 from client_agent.observe import AgentMetrics, StatusFile, serve
@@ -80,10 +81,13 @@ def compose(
 ) -> Agent:
     """Unauthenticated when this agent has not been enrolled."""
     waiting = Waiting()
-    session = Session(home, waiting=waiting, insecure_loopback=insecure_loopback)
+    session = Session(home, waiting=waiting, network=site.network, insecure_loopback=insecure_loopback)
     metrics = AgentMetrics(version=facts.agent_version())
     runner = Runner(log_directory=home.log, idle_seconds=site.device.idle_seconds)
-    stages = Stages(home=home, settings=site, session=session, runner=runner, metrics=metrics, gpu=gpu, rows=rows)
+    hold = Hold(PauseFile(home.pause_file), windows=site.schedule.hours)
+    stages = Stages(
+        home=home, settings=site, session=session, runner=runner, metrics=metrics, hold=hold, gpu=gpu, rows=rows
+    )
     daemon = Daemon(stages=stages, session=session, waiting=waiting, status=StatusFile(home.status_file))
     return Agent(daemon, runner, session, metrics)
 
@@ -102,7 +106,7 @@ async def _serve(home: Home, *, insecure_loopback: bool) -> None:
     working = asyncio.ensure_future(agent.daemon.run())
 
     def stop() -> None:
-        agent.runner.cancel_seconds = STOP_CANCEL_SECONDS
+        agent.runner.shut_down(within_seconds=STOP_CANCEL_SECONDS)
         working.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):

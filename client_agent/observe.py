@@ -14,9 +14,10 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from protos.errors import SiteConfigInvalid
+from client_agent.taskdir import read_json
+from protos.errors import OutOfSpace, SiteConfigInvalid
 
-STAGES = ("idle", "approving", "fetching", "loading", "training", "evaluating", "uploading")
+STAGES = ("idle", "approving", "fetching", "loading", "training", "evaluating", "uploading", "paused")
 SECONDS_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 
 log = structlog.get_logger()
@@ -53,6 +54,7 @@ class AgentMetrics:
         self.certificate_expiry = Gauge(
             "silotune_certificate_expiry_timestamp_seconds", "When the agent's certificate expires.", registry=registry
         )
+        self.disk_spare = Gauge("silotune_disk_spare_bytes", "Free disk where the agent's home is.", registry=registry)
         self.tasks_finished = Counter(
             "silotune_tasks_finished_total", "Tasks that were answered for.", ["kind", "outcome"], registry=registry
         )
@@ -90,6 +92,20 @@ class Disk:
             if self._troubles.pop(what, None):
                 log.info(f"{what} works again.")
 
+    @contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """Remembers that the block waits for room, and passes the error on to whoever repeats it."""
+        try:
+            yield
+        except OutOfSpace as error:
+            self._troubles[what] = f"{what} waits: {error.message}"
+            raise
+        else:
+            self.forget(what)
+
+    def forget(self, what: str) -> None:
+        self._troubles.pop(what, None)
+
 
 class StatusFile:
     """status.json: replaced whole, for a reader in another process; it need not survive a crash."""
@@ -103,7 +119,8 @@ class StatusFile:
         temporary.replace(self._path)
 
     def read(self) -> dict[str, Any]:
-        return json.loads(self._path.read_text()) if self._path.exists() else {}
+        found = read_json(self._path)
+        return found if isinstance(found, dict) else {}
 
 
 async def serve(address: str, *, metrics: AgentMetrics, not_ready: Callable[[], str]) -> tuple[web.AppRunner, str]:

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from client_agent.settings import Policy
-from client_agent.taskdir import write_json
+from client_agent.taskdir import read_json, write_json
 from protos.digests import DIGEST, digest_of
 from protos.errors import InvalidInput, NotFound
 from protos.jobspec import JobSpec, Synthetic, from_json
@@ -135,10 +135,10 @@ class Approvals:
 
     def verdict(self, spec_hash: str) -> str:
         """ "waiting" | "approved" | "denied"."""
-        try:
-            return json.loads((self._directory / spec_hash / "verdict.json").read_text())["verdict"]
-        except FileNotFoundError:
-            return "waiting"
+        match read_json(self._directory / spec_hash / "verdict.json"):
+            case {"verdict": "approved" | "denied" as verdict}:
+                return verdict
+        return "waiting"
 
     def settle(self, hash_prefix: str, *, approved: bool) -> Approval:
         """NotFound when no spec that was asked about begins with the prefix; InvalidInput when several do."""

@@ -17,6 +17,7 @@ CALL_TIMEOUT_SECONDS = 30
 # The longest pause bounds how late an agent notices that its coordinator is back.
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.25, 10.0
 
+UNREACHABLE = "The coordinator cannot be reached"
 TLS_FAILED = "the TLS handshake failed"
 NOT_OF_OUR_CA = "its certificate was not issued by this federation's CA"
 
@@ -37,7 +38,7 @@ def from_rpc_error(error: Any) -> SilotuneError:
     # A broken connection may also show as INTERNAL or UNKNOWN; the coordinator's own errors always have details.
     if packed is None and (isinstance(found, Unavailable) or code in ("INTERNAL", "UNKNOWN")):
         why = _plain(code, error.details() or "")
-        return Unavailable(f"The coordinator cannot be reached: {why}.", hint="`silotune-agent check` finds out more.")
+        return Unavailable(f"{UNREACHABLE}: {why}.", hint="`silotune-agent check` finds out more.")
     return found
 
 
@@ -46,6 +47,8 @@ def _plain(code: str, details: str) -> str:
     if code == "DEADLINE_EXCEEDED":
         return "it did not answer in time"
     known = {
+        "HTTP proxy returned response code 407": "the proxy wants another login",
+        "HTTP proxy returned response code": "the proxy refuses the way to it",
         "CERTIFICATE_VERIFY_FAILED": NOT_OF_OUR_CA,
         "Connection refused": "nothing listens at its address",
         "Hostname Verification Check failed": "its certificate is for another host name",

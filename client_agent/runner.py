@@ -14,6 +14,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +25,8 @@ from client_agent.settings import trainer_environment
 from protos.errors import Internal
 
 CANCEL_SECONDS = 10.0
+# A step may take long, and a checkpoint may be large; then the trainer is killed and goes on from its last checkpoint.
+PAUSE_SECONDS = 120.0
 EXIT_SECONDS = 3.0
 KILL_GRACE_SECONDS = 5.0
 LINE_BYTES = 1 << 20
@@ -46,10 +49,14 @@ class Failure:
 
     reason: str
     hint: str = ""
+    # The trainer's process ended; what it has saved is in the task directory.
+    died: bool = False
+    full_disk: bool = False
 
 
-class TrainerCancelled(Exception):
-    """The trainer stopped because it was told to."""
+@dataclass(frozen=True)
+class Paused:
+    """The trainer ended the task because it was told to; the directory holds what it goes on from, if anything."""
 
 
 class Runner:
@@ -66,27 +73,41 @@ class Runner:
         self._closing: set[asyncio.Task[None]] = set()
         # How long a cancelled task may take to stop before its trainer is killed; shorter at shutdown.
         self.cancel_seconds = CANCEL_SECONDS
+        self._last_command = "cancel"
+        self._killed_to_pause = False
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process and self._process.returncode is None else None
 
-    async def run(self, directory: Path, *, kind: str, on_progress: OnProgress) -> Finished | Failure:
+    def shut_down(self, *, within_seconds: float) -> None:
+        """From now on a cancelled task is one that goes on after the daemon's next start, so its state is saved."""
+        self.cancel_seconds = within_seconds
+        self._last_command = "pause"
+
+    async def run(
+        self, directory: Path, *, kind: str, on_progress: OnProgress, pausing: asyncio.Event | None = None
+    ) -> Finished | Failure | Paused:
         """The task in `directory`, by the trainer of this kind ("synthetic" or "training").
 
-        Cancelling the caller cancels the task; the trainer stays warm when it obeys in time.
+        When `pausing` is set, now or later, the trainer saves what it has and ends the task. Cancelling the caller
+        cancels the task. Either way the trainer stays warm when it obeys in time.
         """
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
         process = await self._warm(kind)
+        self._killed_to_pause = False
+        pause = asyncio.create_task(self._pause(process, pausing or asyncio.Event()))
         try:
             self._send(process, {"run": str(directory)})
-            return await self._follow(process, on_progress)
+            ended = await self._follow(process, on_progress)
+            return Paused() if isinstance(ended, Failure) and self._killed_to_pause else ended
         except asyncio.CancelledError:
             await asyncio.shield(self._cancel(process))
             raise
         finally:
+            pause.cancel()
             if process.returncode is None:
                 self._idle = asyncio.get_running_loop().call_later(self._idle_seconds, self._stop_idle)
 
@@ -142,7 +163,8 @@ class Runner:
         assert process.stderr is not None
         with file:
             while chunk := await process.stderr.read(1 << 16):
-                file.write(chunk)
+                with suppress(OSError):  # A full disk must not stop the reading: the trainer would wait for it.
+                    file.write(chunk)
                 self._last_lines.extend(chunk.decode(errors="replace").splitlines())
 
     def _send(self, process: asyncio.subprocess.Process, command: dict[str, Any]) -> None:
@@ -150,15 +172,21 @@ class Runner:
         if not process.stdin.is_closing():
             process.stdin.write(json.dumps(command).encode() + b"\n")
 
-    async def _follow(self, process: asyncio.subprocess.Process, on_progress: OnProgress) -> Finished | Failure:
+    async def _follow(
+        self, process: asyncio.subprocess.Process, on_progress: OnProgress
+    ) -> Finished | Failure | Paused:
         while (event := await self._event(process)) is not None:
             match event["event"]:
                 case "progress":
                     on_progress(event)
                 case "done":
                     return Finished()
+                case "warning":
+                    log.warning(event["sentence"])
+                case "paused":
+                    return Paused()
                 case "failed":
-                    return Failure(event["reason"], event.get("hint", ""))
+                    return Failure(event["reason"], event.get("hint", ""), full_disk=event.get("full_disk", False))
                 case "cancelled":
                     raise Internal("The trainer reports a cancellation that nobody asked for.")
         return await self._explain_end(process)
@@ -182,7 +210,7 @@ class Runner:
                 code = await process.wait()
         except TimeoutError:
             await self._kill(process)
-            return Failure("The trainer closed its output and did not end; it was stopped.")
+            return Failure("The trainer closed its output and did not end; it was stopped.", died=True)
         if self._reader is not None:
             await asyncio.wait({self._reader}, timeout=EXIT_SECONDS)
         log.error("The trainer ended in mid-task.", exit_code=code, last_lines=list(self._last_lines)[-10:])
@@ -190,20 +218,30 @@ class Runner:
             return Failure(
                 "The trainer was killed by the system, most likely because the memory ran out.",
                 hint="Give it a smaller micro_batch_size or max_length, or the machine more memory.",
+                died=True,
             )
         if code < 0:
-            return Failure(f"The trainer was ended by signal {signal.Signals(-code).name}.")
+            return Failure(f"The trainer was ended by signal {signal.Signals(-code).name}.", died=True)
         names = [match[1] for line in self._last_lines if (match := _EXCEPTION.match(line))]
         kind = f" with {names[-1]}" if names else ""
         hint = "The site's log/trainer.log has the details."
-        return Failure(f"The trainer ended{kind} (exit code {code}).", hint=hint)
+        return Failure(f"The trainer ended{kind} (exit code {code}).", hint=hint, died=True)
+
+    async def _pause(self, process: asyncio.subprocess.Process, pausing: asyncio.Event) -> None:
+        """Cancelled when the task has ended."""
+        await pausing.wait()
+        self._send(process, {"pause": True})
+        await asyncio.sleep(PAUSE_SECONDS)
+        log.warning("The trainer did not pause when told to and is killed.", seconds=PAUSE_SECONDS)
+        self._killed_to_pause = True
+        await self._kill(process)
 
     async def _cancel(self, process: asyncio.subprocess.Process) -> None:
-        self._send(process, {"cancel": True})
+        self._send(process, {self._last_command: True})
         try:
             async with asyncio.timeout(self.cancel_seconds):
                 while (event := await self._event(process)) is not None:
-                    if event["event"] != "progress":
+                    if event["event"] not in ("progress", "warning"):
                         return
         except TimeoutError:
             log.warning("The trainer did not stop when told to and is killed.", seconds=self.cancel_seconds)

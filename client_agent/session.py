@@ -1,13 +1,15 @@
 """The agent's side of AgentService: lease, heartbeat, finish, renew, over one mutually authenticated channel.
 
 Every call may be repeated, and every call has a deadline. What is retryable is repeated for ever; what it waits for is
-said once, when it changes.
+said once, when it changes. Where the coordinator has several addresses, an attempt that finds it unavailable at one
+makes the next attempt at another, and an address that works is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -15,11 +17,13 @@ import structlog
 
 from client_agent import identity as identities
 from client_agent import insecure, rpc
+from client_agent.bandwidth import paces
 from client_agent.home import Home
 from client_agent.identity import SiteIdentity
 from client_agent.probe import probe
-from protos.channel import CLIENT_OPTIONS
-from protos.errors import SilotuneError
+from client_agent.route import Route, route_of
+from client_agent.settings import Network
+from protos.errors import SilotuneError, Unavailable
 from protos.v1 import agent_pb2, agent_pb2_grpc
 
 LEASE_WAIT_SECONDS = 20.0
@@ -28,13 +32,13 @@ log = structlog.get_logger()
 Answer = TypeVar("Answer")
 
 
-def open_channel(identity: SiteIdentity) -> grpc.aio.Channel:
+def open_channel(identity: SiteIdentity, address: str, *, route: Route) -> grpc.aio.Channel:
     """A channel of its own with the agent's certificate. Unauthenticated when the certificate has expired."""
     identity.check_valid(now=identities.utc_now())
     credentials = grpc.ssl_channel_credentials(
-        root_certificates=identity.ca, private_key=identity.key, certificate_chain=identity.certificate
+        root_certificates=route.trusted, private_key=identity.key, certificate_chain=identity.certificate
     )
-    return grpc.aio.secure_channel(identity.coordinator, credentials, options=CLIENT_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=route.options(address))
 
 
 class Waiting:
@@ -56,20 +60,35 @@ class Waiting:
 class Session:
     """One channel for the short calls; transfers open their own through `open_channel`."""
 
-    def __init__(self, home: Home, *, waiting: Waiting, insecure_loopback: bool = False) -> None:
+    def __init__(
+        self, home: Home, *, waiting: Waiting, network: Network | None = None, insecure_loopback: bool = False
+    ) -> None:
+        network = network or Network()
         self._home = home
         self._insecure_loopback = insecure_loopback
         self._waiting = waiting
         identities.complete_renewal(home.identity)
         self.identity = identities.load(home.identity)
+        self._route = route_of(network, ca=self.identity.ca, directory=home.site_file.parent)
+        self.sending, self.receiving = paces(network)
+        # Where the next attempt goes.
+        self._address = self.identity.addresses[0]
         self._channel: grpc.aio.Channel | None = None
-        self._retired: asyncio.Task[None] | None = None
+        self._retired: set[asyncio.Task[None]] = set()
         self.connected = False
 
-    def open_channel(self) -> grpc.aio.Channel:
-        if self._insecure_loopback:
-            return insecure.open_channel(self.identity.coordinator, uri=self.identity.uri)
-        return open_channel(self.identity)
+    @asynccontextmanager
+    async def open_channel(self) -> AsyncIterator[grpc.aio.Channel]:
+        """A channel of its own, closed in the end."""
+        address = self._address
+        channel = self._dial(address)
+        try:
+            yield channel
+        except Unavailable:
+            self._leave(address)
+            raise
+        finally:
+            await channel.close(None)
 
     async def lease(
         self, agent: agent_pb2.AgentInfo, *, holding: Iterable[str], wait_seconds: float = LEASE_WAIT_SECONDS
@@ -101,9 +120,7 @@ class Session:
         self.identity = await asyncio.to_thread(
             identities.install_renewal, directory, key=key, certificate=answer.certificate
         )
-        if self._channel is not None:
-            self._retired = asyncio.create_task(_close_later(self._channel))
-            self._channel = None
+        self._retire_channel()
         return self.identity
 
     async def close(self) -> None:
@@ -111,8 +128,8 @@ class Session:
         channel, self._channel = self._channel, None
         if channel is not None:
             await channel.close(None)
-        if self._retired is not None:
-            self._retired.cancel()
+        for retired in self._retired:
+            retired.cancel()
 
     async def patiently(self, operation: Callable[[], Awaitable[Answer]]) -> Answer:
         """`operation` repeated while its error is a retryable one, with growing pauses."""
@@ -134,24 +151,48 @@ class Session:
 
     async def _in_words(self, error: SilotuneError) -> str:
         """gRPC does not tell a proxy that inspects TLS from any other failed handshake; a look at the port does."""
-        if rpc.TLS_FAILED in error.message or rpc.NOT_OF_OUR_CA in error.message:
-            found = await asyncio.to_thread(probe, self.identity.coordinator, ca_pem=self.identity.ca)
-            if not found.reachable:
-                return f"The coordinator cannot be reached: {found.sentence}."
+        tls = rpc.TLS_FAILED in error.message or rpc.NOT_OF_OUR_CA in error.message
+        for address in self.identity.addresses if error.message.startswith(rpc.UNREACHABLE) else ():
+            if tls or self._route.proxy_for(address) is not None:
+                found = await asyncio.to_thread(probe, address, route=self._route)
+                if not found.reachable:
+                    return f"{rpc.UNREACHABLE}: {found.sentence}."
         return str(error)
 
     async def _call(self, method: str, request: object, *, timeout_seconds: float = rpc.CALL_TIMEOUT_SECONDS) -> Any:
+        address = self._address
         try:
             if self._channel is None:
-                self._channel = self.open_channel()
+                self._channel = self._dial(address)
             stub = agent_pb2_grpc.AgentServiceStub(self._channel)
             answer = await rpc.call(getattr(stub, method), request, timeout_seconds=timeout_seconds)
         except SilotuneError as error:
             # Any answer of the coordinator's own, a refusal too, shows that it is there.
             self.connected = not error.retryable and error.code != "UNAUTHENTICATED"
+            if isinstance(error, Unavailable):
+                self._leave(address)
             raise
         self.connected = True
         return answer
+
+    def _dial(self, address: str) -> grpc.aio.Channel:
+        if self._insecure_loopback:
+            return insecure.open_channel(address, uri=self.identity.uri)
+        return open_channel(self.identity, address, route=self._route)
+
+    def _leave(self, address: str) -> None:
+        """The next attempt goes to the next address, unless another one has moved on from this one already."""
+        addresses = self.identity.addresses
+        if len(addresses) > 1 and address == self._address:
+            self._address = addresses[(addresses.index(address) + 1) % len(addresses)]
+            self._retire_channel()
+
+    def _retire_channel(self) -> None:
+        if self._channel is not None:
+            retired = asyncio.create_task(_close_later(self._channel))
+            self._retired.add(retired)
+            retired.add_done_callback(self._retired.discard)
+            self._channel = None
 
 
 async def _close_later(channel: grpc.aio.Channel) -> None:

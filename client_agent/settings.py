@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from client_agent.hours import Hours
+from protos.channel import KEEPALIVE_SECONDS, SHORTEST_KEEPALIVE_SECONDS
 from protos.errors import SiteConfigInvalid
+
+# Below it a frame of 1 MiB is under way for so long that the coordinator takes the transfer for dead.
+LOWEST_MBIT = 0.5
 
 
 class _Part(BaseModel):
@@ -68,15 +75,69 @@ class Policy(_Part):
     approval: Literal["automatic", "ask"] = "automatic"
 
 
+class Schedule(_Part):
+    """When the trainer may use this machine; outside these hours its task waits. Transfers are not bound by it."""
+
+    # Such as ["19:00-06:00", "Sat-Sun 00:00-24:00"], in the machine's local time; empty: always.
+    hours: tuple[Hours, ...] = ()
+
+
 class Http(_Part):
     # /metrics, /healthz and /readyz; loopback unless the administrator says otherwise.
     address: str = "127.0.0.1:9481"
 
 
+def check_proxy(url: str) -> str:
+    """`url` if it names an HTTP proxy. ValueError otherwise, which does not repeat what may hold a password."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme == "http" and parts.hostname and parts.port is not None and parts.path in ("", "/")
+    except ValueError:
+        known = False
+    if url and not known:
+        raise ValueError('the proxy must be written as "http://HOST:PORT" or "http://USER:PASSWORD@HOST:PORT"')
+    return url
+
+
+def _check_mbit(mbit: float) -> float:
+    if mbit and mbit < LOWEST_MBIT:
+        raise ValueError(f"the lowest rate that works is {LOWEST_MBIT:g} Mbit/s; 0 is without limit")
+    return mbit
+
+
+# Payload; 0 is without limit.
+Mbit = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_check_mbit)]
+
+
+class NetworkWindow(_Part):
+    """Other rates for some hours. What is not named here stays as it is at other times."""
+
+    hours: Hours
+    upload_mbit: Mbit | None = None
+    download_mbit: Mbit | None = None
+
+
+class Network(_Part):
+    """The way to the coordinator, and how much of it the agent may use."""
+
+    # An HTTP proxy that is asked to CONNECT; without it the environment's https_proxy and no_proxy hold.
+    proxy: Annotated[str, AfterValidator(check_proxy)] = ""
+    # A PEM file, relative to site.toml: CAs that may vouch for the coordinator besides the federation's own.
+    ca_bundle: str = ""
+    # An idle line is tried so often, and given up when there is no answer within 10 s.
+    keepalive_seconds: Annotated[float, Field(ge=SHORTEST_KEEPALIVE_SECONDS, le=3600)] = KEEPALIVE_SECONDS
+    upload_mbit: Mbit = 0
+    download_mbit: Mbit = 0
+    # The first that holds now counts.
+    windows: tuple[NetworkWindow, ...] = ()
+
+
 class SiteSettings(_Part):
     data: dict[str, DataSet] = {}
+    network: Network = Network()
     device: Device = Device()
     policy: Policy | None = None
+    schedule: Schedule = Schedule()
     http: Http = Http()
 
 
@@ -100,6 +161,33 @@ def load(path: Path) -> SiteSettings:
 
 def default_home() -> Path:
     return Path("~/.local/share/silotune-agent").expanduser()
+
+
+def environment_proxy() -> str:
+    """The proxy that the environment names, by the variables that gRPC reads; empty: none."""
+    try:
+        return check_proxy(_first_of("grpc_proxy", "https_proxy", "http_proxy"))
+    except ValueError:
+        return ""
+
+
+def spares_proxy(host: str) -> bool:
+    """Whether no_proxy says that `host` is dialled without a proxy."""
+    entries = _first_of("no_grpc_proxy", "no_proxy").lower().split(",")
+    return any(_is_meant(host.lower(), entry.strip()) for entry in entries if entry.strip())
+
+
+def _first_of(*names: str) -> str:
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+
+
+def _is_meant(host: str, entry: str) -> bool:
+    if entry == "*" or host.endswith(entry):
+        return True
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        return False
 
 
 def trainer_environment() -> dict[str, str]:

@@ -17,15 +17,16 @@ from typing import Any, TypeVar
 import structlog
 
 from client_agent import facts, transfers
+from client_agent.hold import Hold
 from client_agent.home import Home
 from client_agent.journal import UNKNOWN_KIND, Entry, Journal, Work, check_work, work_of
 from client_agent.models import Models
 from client_agent.observe import AgentMetrics
 from client_agent.policy import Answer, Approvals, decide, parse_spec
-from client_agent.runner import Failure, Runner
+from client_agent.runner import Finished, Paused, Runner
 from client_agent.session import Session
 from client_agent.settings import DataSet, SiteSettings
-from client_agent.taskdir import FILES, UPDATE, TaskResult, TaskSpec, write_spec
+from client_agent.taskdir import FILES, UPDATE, TaskResult, TaskSpec, checkpoint_step, disk_is_full, write_spec
 from protos.errors import CorruptData, InvalidInput, NotFound, SilotuneError
 from protos.jobspec import JobSpec, Synthetic
 from protos.metrics import METRICS, STAGE_SECONDS
@@ -64,6 +65,15 @@ class Grant:
     def of(task: agent_pb2.Task) -> Grant:
         return Grant(task, work_of(task))
 
+    @property
+    def log(self) -> Any:
+        """What is logged here says which task it is about: see client_agent/loop.py."""
+        work = self.work
+        return log.bind(
+            job=work.job_id, round=work.round, task=work.kind, version=work.version, split=work.split,
+            generation=self.task.generation,
+        )  # fmt: skip
+
     def at(
         self, stage: agent_pb2.Stage, *, done: int = 0, total: int = 0, unit: str = "",
         metrics: Mapping[str, float] | None = None,
@@ -90,6 +100,7 @@ class Stages:
     session: Session
     runner: Runner
     metrics: AgentMetrics
+    hold: Hold
     gpu: str
     rows: dict[str, int]
 
@@ -138,6 +149,7 @@ class Stages:
                 on_ask()
             await asyncio.sleep(APPROVAL_POLL_SECONDS)
         grant.asking = False
+        grant.at(agent_pb2.STAGE_UNSPECIFIED)
         if verdict == "denied":
             raise Refused("The site's administrator denied this job.")
 
@@ -175,7 +187,12 @@ class Stages:
             nonlocal corrupt
             try:
                 return await transfers.download(
-                    blob, cache=self.cache, open_channel=self.session.open_channel, progress=progress, received=received
+                    blob,
+                    cache=self.cache,
+                    open_channel=self.session.open_channel,
+                    progress=progress,
+                    received=received,
+                    pace=self.session.receiving,
                 )
             except CorruptData as error:
                 corrupt += 1
@@ -197,14 +214,52 @@ class Stages:
         entry = await asyncio.to_thread(self.journal.restart, replace(entry, base_digest=task_spec.base_digest))
         kind = "synthetic" if isinstance(spec.task, Synthetic) else "training"
         await asyncio.to_thread(write_spec, directory, task_spec)
-        grant.at(agent_pb2.STAGE_LOADING)
-        ended = await self.runner.run(directory, kind=kind, on_progress=lambda event: self._on_progress(grant, event))
-        if isinstance(ended, Failure):
-            raise InvalidInput(self.without_paths(ended.reason), hint=self.without_paths(ended.hint))
+        await self._until_trained(grant, directory, kind=kind)
         adopted = await asyncio.to_thread(self.journal.adopt, entry)
         if adopted is None:
             raise InvalidInput("The trainer says that it is done, but left no result.")
+        grant.log.info("The result is sealed.", **adopted[0].update_facts())
         return adopted
+
+    async def _until_trained(self, grant: Grant, directory: Path, *, kind: str) -> None:
+        """Runs the trainer until the result is there: again after a pause, and after a death that a checkpoint mends.
+
+        InvalidInput with the trainer's reason when it fails; OutOfSpace when it may go on once the disk has room.
+        """
+        while True:
+            await self._while_held(grant)
+            grant.at(agent_pb2.STAGE_LOADING)
+            before = await asyncio.to_thread(checkpoint_step, directory)
+            ended = await self.runner.run(
+                directory, kind=kind, on_progress=self._on_progress(grant), pausing=self.hold.begun
+            )
+            if isinstance(ended, Finished):
+                grant.log.info("The trainer has finished.", steps=grant.progress.done)
+                return
+            if isinstance(ended, Paused):
+                continue
+            saved = await asyncio.to_thread(checkpoint_step, directory)
+            # Each run must get further than the one before, or a trainer that always dies would never be reported.
+            if ended.died and saved > before:
+                grant.log.warning("The trainer died; it goes on from its checkpoint.", reason=ended.reason, step=saved)
+                continue
+            if ended.full_disk:
+                raise disk_is_full()
+            raise InvalidInput(self.without_paths(ended.reason), hint=self.without_paths(ended.hint))
+
+    async def _while_held(self, grant: Grant) -> None:
+        """Returns when the trainer may run here. Until then it gives back the memory that it holds."""
+        while reason := self.hold.sentence:
+            await self.runner.close()
+            grant.log.info("The task is paused.", reason=reason)
+            now = grant.progress
+            trained = now.unit == "steps"
+            grant.at(
+                agent_pb2.STAGE_PAUSED,
+                done=now.done if trained else 0, total=now.total if trained else 0, unit="steps" if trained else "",
+            )  # fmt: skip
+            await self.hold.over.wait()
+            grant.log.info("The task goes on.")
 
     def _task_spec(self, grant: Grant, spec: JobSpec, *, model: Path | None) -> TaskSpec:
         base = self.models.current(spec.base_model.name) if spec.base_model else None
@@ -225,22 +280,34 @@ class Stages:
             data_set=data_set.model_dump(mode="json") if data_set else None,
             device=facts.choose_device(self.settings.device, gpu=self.gpu),
             threads=self.settings.device.threads,
+            model_digest=grant.work.model_digest,
         )
 
-    def _on_progress(self, grant: Grant, event: dict[str, Any]) -> None:
-        metrics = _reportable(event.get("metrics", {}), allowed=METRICS)
-        grant.at(
-            TRAINER_STAGES.get(event["stage"], agent_pb2.STAGE_LOADING),
-            done=int(event["done"]),
-            total=int(event["total"]),
-            unit=event["unit"] if event["unit"] in UNITS else "",
-            metrics=metrics,
-        )
-        if event["stage"] == "training" and event["done"] >= 1 and grant.first_step_seconds is None:
-            grant.first_step_seconds = time.monotonic() - grant.began
-            self.metrics.first_step_seconds.set(grant.first_step_seconds)
-        if "loss" in metrics:
-            self.metrics.train_loss.set(metrics["loss"])
+    def _on_progress(self, grant: Grant) -> Callable[[dict[str, Any]], None]:
+        """For one run of the trainer."""
+        begun = False
+
+        def on_progress(event: dict[str, Any]) -> None:
+            nonlocal begun
+            metrics = _reportable(event.get("metrics", {}), allowed=METRICS)
+            training = event["stage"] == "training"
+            grant.at(
+                TRAINER_STAGES.get(event["stage"], agent_pb2.STAGE_LOADING),
+                done=int(event["done"]),
+                total=int(event["total"]),
+                unit=event["unit"] if event["unit"] in UNITS else "",
+                metrics=metrics,
+            )
+            if not begun and (training or grant.work.kind != "train"):
+                begun = True
+                grant.log.info("The trainer begins.", resumed_step=int(event["done"]) if training else 0)
+            if training and event["done"] >= 1 and grant.first_step_seconds is None:
+                grant.first_step_seconds = time.monotonic() - grant.began
+                self.metrics.first_step_seconds.set(grant.first_step_seconds)
+            if "loss" in metrics:
+                self.metrics.train_loss.set(metrics["loss"])
+
+        return on_progress
 
     # --- upload
 
@@ -249,7 +316,13 @@ class Stages:
         blobs = entry.blobs or ()
         total = sum(blob.size for blob in blobs)
         before = 0
-        sent = self.metrics.transfer_bytes.labels("up").inc
+        on_wire = 0
+
+        def sent(count: int) -> None:
+            nonlocal on_wire
+            on_wire += count
+            self.metrics.transfer_bytes.labels("up").inc(count)
+
         for blob in blobs:
 
             def progress(done: int, size: int, before: int = before) -> None:
@@ -264,10 +337,13 @@ class Stages:
                     open_channel=self.session.open_channel,
                     progress=progress,
                     sent=sent,
+                    pace=self.session.sending,
                 )
 
             await under_lease(grant, attempt)
             before += blob.size
+        if blobs:
+            grant.log.info("The result was uploaded.", **entry.update_facts(), sent_bytes=on_wire)
 
     # --- what is reported
 

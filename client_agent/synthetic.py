@@ -4,12 +4,14 @@ It speaks the protocol of client_agent/taskdir.py, so that tests, fault injectio
 agent. It walks its files in blocks: a model of any size passes in a few megabytes of memory, at the speed of the disk.
 
     version 0   TENSORS of the job's payload size; values 0.02 N(0, 1) from the job's seed, one block repeated
-    train       x + noise * p, where p is a block of N(0, 1) from the task's seed, repeated
+    train       x + noise * p, where p is a block of N(0, 1) from the task's seed, repeated; a checkpoint holds the time
+                that has passed and the steps that it stands for
     evaluate    metrics computed from the first values of the model
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -24,7 +26,19 @@ from typing import Any
 
 import numpy as np
 
-from client_agent.taskdir import FILES, UPDATE, TaskResult, TaskSpec, read_spec, write_result
+from client_agent.taskdir import (
+    FILES,
+    UPDATE,
+    Checkpoint,
+    Paused,
+    TaskResult,
+    TaskSpec,
+    read_checkpoint,
+    read_spec,
+    tidy_checkpoints,
+    write_checkpoint,
+    write_result,
+)
 from protos.errors import InvalidInput, SilotuneError
 from protos.tensors import Layout, header_length, make_header, parse_header
 
@@ -43,6 +57,7 @@ class Control:
     def __init__(self) -> None:
         self._runs: queue.Queue[str | None] = queue.Queue()
         self._cancelled = threading.Event()
+        self._pausing = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -50,9 +65,12 @@ class Control:
             command = json.loads(line)
             if "run" in command:
                 self._cancelled.clear()
+                self._pausing.clear()
                 self._runs.put(command["run"])
             elif command.get("cancel"):
                 self._cancelled.set()
+            elif command.get("pause"):
+                self._pausing.set()
         self._cancelled.set()
         self._runs.put(None)
 
@@ -60,10 +78,16 @@ class Control:
         while (directory := self._runs.get()) is not None:
             yield Path(directory)
 
-    def pause(self, seconds: float) -> None:
-        """Cancelled when the daemon asked for it, now or within `seconds`."""
+    def check(self) -> None:
+        """Cancelled when the daemon asked for it."""
+        self.wait(0, pauses=False)
+
+    def wait(self, seconds: float, *, pauses: bool = True) -> None:
+        """Cancelled when the daemon asked for it, now or within `seconds`; Paused after them."""
         if self._cancelled.wait(seconds):
             raise Cancelled
+        if pauses and self._pausing.is_set():
+            raise Paused
 
 
 def say(event: str, **fields: object) -> None:
@@ -97,7 +121,7 @@ def init(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
     with (directory / UPDATE).open("wb") as file:
         file.write(header)
         for done in range(0, layout.data_bytes, block.nbytes):
-            control.pause(0)
+            control.check()
             file.write(block[: layout.data_bytes - done])
             say("progress", stage="loading", done=done, total=layout.data_bytes, unit="bytes", metrics={})
         file.flush()
@@ -107,7 +131,7 @@ def init(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
 
 def train(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
     steps = task.spec["local"]["steps"] or 1
-    spent = _pass_time(task, steps=steps, stage="training", control=control)
+    spent = _pass_time(task, directory, steps=steps, stage="training", control=control)
     began = time.monotonic()
     pattern = np.random.default_rng(task.seed).standard_normal(BLOCK_VALUES, dtype=np.float32)
     pattern *= np.float32(task.spec["task"]["noise"])
@@ -117,7 +141,7 @@ def train(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
         values = np.empty(BLOCK_VALUES, dtype=np.float32)
         block = memoryview(values).cast("B")  # type: ignore[arg-type]
         for count in _blocks(layout):
-            control.pause(0)
+            control.check()
             source.readinto(block[: count * VALUE_BYTES])
             values[:count] += pattern[:count]
             target.write(block[: count * VALUE_BYTES])
@@ -131,7 +155,7 @@ def train(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
 
 
 def evaluate(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
-    spent = _pass_time(task, steps=1, stage="evaluating", control=control)
+    spent = _pass_time(task, directory, steps=1, stage="evaluating", control=control)
     with _model(task).open("rb") as source:
         _, layout = _read_layout(source)
         values = np.frombuffer(source.read(min(layout.data_bytes, 4096)), dtype=np.float32).astype(np.float64)
@@ -169,15 +193,42 @@ def _blocks(layout: Layout) -> Iterator[int]:
         left -= min(left, BLOCK_VALUES)
 
 
-def _pass_time(task: TaskSpec, *, steps: int, stage: str, control: Control) -> float:
-    """Stands for the training itself: `train_seconds`, with the progress of `steps` equal steps."""
+def _pass_time(task: TaskSpec, directory: Path, *, steps: int, stage: str, control: Control) -> float:
+    """Stands for the work itself: `train_seconds`, with the progress of `steps` equal steps."""
     total_seconds = task.spec["task"]["train_seconds"]
-    began = time.monotonic()
+    every_seconds = task.spec["local"].get("checkpoint_seconds") or math.inf
+    work = task.work_digest()
+    found = read_checkpoint(directory, work=work) if task.kind == "train" else None
+    before = saved = found.state["seconds"] if found else 0.0
+    began = time.monotonic() - before
+    done = found.step if found else 0
+
+    def save() -> None:
+        nonlocal saved
+        saved = time.monotonic() - began
+        if task.kind == "train":
+            _save(directory, Checkpoint(work, int(steps * saved / total_seconds), {"seconds": saved}))
+
     while (spent := time.monotonic() - began) < total_seconds:
-        say("progress", stage=stage, done=int(steps * spent / total_seconds), total=steps, unit="steps", metrics={})
-        control.pause(min(PROGRESS_SECONDS, total_seconds - spent))
+        say("progress", stage=stage, done=done, total=steps, unit="steps", metrics={})
+        try:
+            control.wait(min(PROGRESS_SECONDS, total_seconds - spent))
+        except Paused:
+            save()
+            raise
+        if time.monotonic() - began - saved >= every_seconds:
+            save()
+        done = int(steps * (time.monotonic() - began) / total_seconds)
     say("progress", stage=stage, done=steps, total=steps, unit="steps", metrics={})
-    return spent
+    return spent - before
+
+
+def _save(directory: Path, checkpoint: Checkpoint) -> None:
+    try:
+        write_checkpoint(directory, checkpoint)
+    except OSError as error:
+        tidy_checkpoints(directory)
+        say("warning", sentence=f"A checkpoint could not be saved: {error.strerror}.")
 
 
 KINDS = {"init": init, "train": train, "evaluate": evaluate}
@@ -194,10 +245,13 @@ def run(directory: Path, control: Control) -> None:
         write_result(directory, replace(result, seconds={**result.seconds, "load": load_seconds}))
     except Cancelled:
         say("cancelled")
+    except Paused:
+        say("paused")
     except SilotuneError as error:
         say("failed", reason=error.message, hint=error.hint)
     except OSError as error:
-        say("failed", reason=f"The trainer could not use its disk: {error.strerror}.", hint="")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        say("failed", reason=f"The trainer could not use its disk: {error.strerror}.", hint="", full_disk=full)
     else:
         say("done")
 

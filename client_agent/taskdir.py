@@ -4,25 +4,41 @@ network, meet.
     spec.json            what to do                                   written by the daemon
     update.safetensors   the trained tensors, or version 0            written by the trainer
     files/               INIT: config, tokenizer, frozen tensors      written by the trainer
+    checkpoint.json      how far an interrupted training came, and the name and digest of its tensors; the newest only
     result.json          numbers; written last and atomically, so its presence means: finished
 
-Control is JSON lines. To the trainer: {"run": "<directory>"}, {"cancel": true}; end of input means: exit.
-From it: {"event": "progress", "stage", "done", "total", "unit", "metrics"}, then exactly one of {"event": "done"},
-{"event": "failed", "reason", "hint"}, {"event": "cancelled"}.
+Control is JSON lines. To the trainer: {"run": "<directory>"}, {"cancel": true}, {"pause": true}; end of input means:
+exit. From it: {"event": "progress", "stage", "done", "total", "unit", "metrics"} and {"event": "warning", "sentence"},
+then exactly one of {"event": "done"}, {"event": "failed", "reason", "hint", "full_disk"}, {"event": "cancelled"},
+{"event": "paused"}. A training that is paused saves a checkpoint at its next step; the same directory is run again to
+go on from there. Other work that is paused has kept nothing and begins anew.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from client_agent.hashing import hash_file
+from protos.digests import digest_of
+from protos.errors import OutOfSpace
 
 SPEC = "spec.json"
 UPDATE = "update.safetensors"
 FILES = "files"
 RESULT = "result.json"
+CHECKPOINT = "checkpoint.json"
+CHECKPOINT_TENSORS = "checkpoint-{step}.safetensors"
+
+
+class Paused(Exception):
+    """Ends a task in the trainer: the daemon wants the device back, and runs the directory again later."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,13 @@ class TaskSpec:
     data_set: dict[str, Any] | None  # settings.DataSet as JSON; None for synthetic, and for init
     device: str  # "cpu" | "cuda:0"
     threads: int
+    model_digest: str = ""
+
+    def work_digest(self, **more: Any) -> str:
+        """Of all that a training follows from, `more` included. The grant, and where the site keeps things, are not."""
+        names = ("job_id", "round", "kind", "spec", "seed", "split", "base_digest", "model_digest")
+        fields = {name: getattr(self, name) for name in names}
+        return digest_of(json.dumps({**fields, **more}, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -50,6 +73,19 @@ class TaskResult:
     steps: int = 0
     metrics: dict[str, float] = field(default_factory=dict)  # names of protos.metrics.METRICS
     seconds: dict[str, float] = field(default_factory=dict)  # names of protos.metrics.STAGE_SECONDS
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of an interrupted training after `step` steps."""
+
+    work: str  # TaskSpec.work_digest: it belongs to exactly this work
+    step: int
+    # What is not a tensor, as the trainer needs it.
+    state: dict[str, Any] = field(default_factory=dict)
+    # The file with the tensors, where there are any.
+    file: str = ""
+    digest: str = ""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -63,12 +99,42 @@ def write_json(path: Path, content: Any) -> None:
     sync_directory(path.parent)
 
 
-def sync_directory(path: Path) -> None:
+def read_json(path: Path) -> Any:
+    """None when there is no such file, or when what lies there is no JSON: a torn file is as good as none."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def sync(path: Path) -> None:
+    """What was written to this file, or the names in this directory, are on disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_directory(path: Path) -> None:
+    sync(path)
+
+
+def disk_is_full() -> OutOfSpace:
+    return OutOfSpace(
+        "The agent's disk is full.", hint="It goes on by itself when there is room in the agent's home directory."
+    )
+
+
+@contextmanager
+def full_disk_waits() -> Iterator[None]:
+    """Turns the one error of a disk that passes by itself into OutOfSpace, which is waited for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise disk_is_full() from error
 
 
 def write_spec(directory: Path, spec: TaskSpec) -> None:
@@ -81,10 +147,67 @@ def read_spec(directory: Path) -> TaskSpec:
 
 
 def write_result(directory: Path, result: TaskResult) -> None:
+    """Says that the work is finished: so everything that belongs to it is on disk before."""
+    files = [path for path in (directory / UPDATE, *(directory / FILES).glob("*")) if path.is_file()]
+    folders = [directory / FILES] if (directory / FILES).is_dir() else []
+    for path in (*files, *folders, directory):
+        sync(path)
     write_json(directory / RESULT, asdict(result))
 
 
 def read_result(directory: Path) -> TaskResult | None:
     """None while the work is not finished."""
-    path = directory / RESULT
-    return TaskResult(**json.loads(path.read_text())) if path.exists() else None
+    fields = read_json(directory / RESULT)
+    return TaskResult(**fields) if isinstance(fields, dict) else None
+
+
+def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
+    """Makes it the one that counts. Its tensors, where it has any, lie under `file` and are on disk already."""
+    if checkpoint.file:
+        checkpoint = replace(checkpoint, digest=hash_file(directory / checkpoint.file).hexdigest())
+        sync(directory)
+    fields = asdict(checkpoint)
+    write_json(directory / CHECKPOINT, {"checkpoint": fields, "digest": _digest(fields)})
+    tidy_checkpoints(directory)
+
+
+def read_checkpoint(directory: Path, *, work: str) -> Checkpoint | None:
+    """None when there is none for this work, or none that is whole: what is torn or damaged is not believed."""
+    checkpoint = _peek(directory)
+    if checkpoint is None or checkpoint.work != work:
+        return None
+    if checkpoint.file:
+        path = directory / Path(checkpoint.file).name
+        if not path.exists() or hash_file(path).hexdigest() != checkpoint.digest:
+            return None
+    return checkpoint
+
+
+def checkpoint_step(directory: Path) -> int:
+    """How far the newest checkpoint came; 0 when there is none. Whether its tensors are whole is not looked at."""
+    checkpoint = _peek(directory)
+    return checkpoint.step if checkpoint else 0
+
+
+def tidy_checkpoints(directory: Path) -> None:
+    """Removes the tensors of all checkpoints, also of half-written ones, but those of the one that counts."""
+    newest = _peek(directory)
+    for path in directory.glob("checkpoint-*"):
+        if newest is None or path.name != newest.file:
+            path.unlink()
+
+
+def remove_checkpoint(directory: Path) -> None:
+    (directory / CHECKPOINT).unlink(missing_ok=True)
+    tidy_checkpoints(directory)
+
+
+def _peek(directory: Path) -> Checkpoint | None:
+    found = read_json(directory / CHECKPOINT)
+    if not isinstance(found, dict) or found.get("digest") != _digest(found.get("checkpoint")):
+        return None
+    return Checkpoint(**found["checkpoint"])
+
+
+def _digest(fields: Any) -> str:
+    return digest_of(json.dumps(fields, sort_keys=True).encode())

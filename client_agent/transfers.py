@@ -8,10 +8,9 @@ for them.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,11 +18,12 @@ import grpc
 from blake3 import blake3
 
 from client_agent import rpc
+from client_agent.bandwidth import UNLIMITED, Pace
 from client_agent.hashing import hash_file
-from client_agent.taskdir import sync_directory
+from client_agent.taskdir import full_disk_waits, sync_directory
 from protos import frames
 from protos.digests import check_digest
-from protos.errors import CorruptData, NotFound, OutOfSpace, SilotuneError, Unavailable, WrongOffset
+from protos.errors import CorruptData, NotFound, SilotuneError, Unavailable, WrongOffset
 from protos.v1 import transfer_pb2, transfer_pb2_grpc
 from protos.v1.manifest_pb2 import BlobRef
 
@@ -39,7 +39,8 @@ SEAL_SECONDS = 300.0
 CORRUPT_ATTEMPTS = 3
 KEPT_BLOBS = 2
 
-OpenChannel = Callable[[], grpc.aio.Channel]
+# A channel for one attempt, closed when it ends.
+OpenChannel = Callable[[], AbstractAsyncContextManager[grpc.aio.Channel]]
 # Called with the bytes that are there and the bytes in all.
 Progress = Callable[[int, int], None]
 
@@ -62,7 +63,13 @@ class BlobCache:
 
 
 async def download(
-    blob: BlobRef, *, cache: BlobCache, open_channel: OpenChannel, progress: Progress, received: Callable[[int], None]
+    blob: BlobRef,
+    *,
+    cache: BlobCache,
+    open_channel: OpenChannel,
+    progress: Progress,
+    received: Callable[[int], None],
+    pace: Pace = UNLIMITED,
 ) -> Path:
     """The verified blob's path; its bytes come from the coordinator where they are not here yet.
 
@@ -75,17 +82,16 @@ async def download(
         progress(blob.size, blob.size)
         return path
     part = path.with_name(path.name + ".part")
-    with _disk_errors():
+    with full_disk_waits():
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as file:
             hasher = await asyncio.to_thread(_hash_existing, part, blob.size)
             offset = part.stat().st_size
-            if offset < blob.size:
-                channel = open_channel()
-                try:
-                    await _receive(channel, blob, file, hasher, offset=offset, progress=progress, received=received)
-                finally:
-                    await channel.close(None)
+            while offset < blob.size:
+                async with open_channel() as channel:
+                    offset = await _receive(
+                        channel, blob, file, hasher, offset=offset, progress=progress, received=received, pace=pace
+                    )
             await asyncio.to_thread(os.fsync, file.fileno())
         if hasher.hexdigest() != blob.digest:
             part.unlink()
@@ -111,7 +117,9 @@ async def _receive(
     offset: int,
     progress: Progress,
     received: Callable[[int], None],
-) -> None:
+    pace: Pace,
+) -> int:
+    """Where the next call goes on: at the blob's end, or where this one was when its time was over."""
     read: Any = channel.unary_stream(
         "/silotune.v1.TransferService/Read",
         request_serializer=transfer_pb2.ReadRequest.SerializeToString,
@@ -125,6 +133,7 @@ async def _receive(
 
     batch: list[memoryview] = []
     writing: asyncio.Future[None] | None = None
+    began_at = offset
     call = read(transfer_pb2.ReadRequest(digest=blob.digest, offset=offset), timeout=STREAM_TIMEOUT_SECONDS)
     try:
         async with _stall_guard() as moved:
@@ -143,8 +152,13 @@ async def _receive(
                     writing = asyncio.ensure_future(asyncio.to_thread(store, batch))
                     batch = []
                     progress(offset, blob.size)
+                if offset < blob.size:
+                    await _keep_pace(pace, len(frame.data), moved=moved)
+        if offset != blob.size:
+            raise CorruptData(f"Blob {blob.digest[:12]} ended at byte {offset} of {blob.size}.")
     except grpc.aio.AioRpcError as error:
-        raise rpc.from_rpc_error(error) from error
+        if not _is_time_over(error) or offset == began_at:
+            raise rpc.from_rpc_error(error) from error
     finally:
         call.cancel()
         # What arrived stays, also when the rest did not: the next attempt goes on from there.
@@ -153,8 +167,7 @@ async def _receive(
         await asyncio.to_thread(store, batch)
         file.flush()
     progress(offset, blob.size)
-    if offset != blob.size:
-        raise CorruptData(f"Blob {blob.digest[:12]} ended at byte {offset} of {blob.size}.")
+    return offset
 
 
 async def upload(
@@ -166,41 +179,44 @@ async def upload(
     open_channel: OpenChannel,
     progress: Progress,
     sent: Callable[[int], None],
+    pace: Pace = UNLIMITED,
 ) -> None:
     """Sends the file's bytes from the offset that the coordinator has; returns when the upload is sealed.
 
     One attempt: Unavailable when the connection is lost, and the next attempt goes on at the committed offset.
     LeaseFenced: a newer grant of the task exists; its generation must be used. `sent` counts bytes on the wire.
     """
-    channel = open_channel()
-    try:
+    async with open_channel() as channel:
         stub = transfer_pb2_grpc.TransferServiceStub(channel)
         missing = await rpc.call(stub.FindMissing, transfer_pb2.FindMissingRequest(blobs=[blob]))
         if not missing.missing:
             progress(blob.size, blob.size)
             return
         target = transfer_pb2.UploadTarget(task_id=task_id, generation=generation, blob=blob)
-        for _ in range(CORRUPT_ATTEMPTS):
+        failure: SilotuneError = Unavailable("The upload made no headway.")
+        attempts, kept = 0, 0
+        while attempts < CORRUPT_ATTEMPTS:
             try:
                 status = await rpc.call(stub.QueryWriteStatus, transfer_pb2.QueryWriteStatusRequest(blob=blob))
             except NotFound:
                 status = transfer_pb2.QueryWriteStatusResponse()
             if status.sealed:
                 break
+            # An attempt that brought the upload forward was a good one, however it ended.
+            attempts = attempts + 1 if status.committed_size <= kept else 1
+            kept = status.committed_size
             try:
-                answer = await _send(channel, path, target, offset=status.committed_size, progress=progress, sent=sent)
+                answer = await _send(channel, path, target, offset=kept, progress=progress, sent=sent, pace=pace)
                 if answer is None:
                     answer = await _hear_why(channel, target)
             except (WrongOffset, CorruptData) as error:
-                failure: SilotuneError = error
+                failure = error
                 continue
             if answer.sealed:
                 break
             failure = Unavailable(f"The upload ended early, at byte {answer.committed_size} of {blob.size}.")
         else:
             raise failure
-    finally:
-        await channel.close(None)
     progress(blob.size, blob.size)
 
 
@@ -221,8 +237,10 @@ async def _send(
     offset: int,
     progress: Progress,
     sent: Callable[[int], None],
+    pace: Pace,
 ) -> transfer_pb2.WriteResponse | None:
     """The coordinator's answer; None when it ended the call early and its reason was lost (`_hear_why`)."""
+    began_at = offset
     call = _write_call(channel)
     try:
         async with _stall_guard() as moved:
@@ -231,15 +249,17 @@ async def _send(
                 await call.write(frames.encode_target(target))
                 with path.open("rb") as file:
                     file.seek(offset)
-                    ahead = asyncio.ensure_future(asyncio.to_thread(_encoded, file))
+                    ahead = asyncio.ensure_future(asyncio.to_thread(_encoded, file, pace.frame_bytes()))
                     try:
                         while batch := await ahead:
-                            ahead = asyncio.ensure_future(asyncio.to_thread(_encoded, file))
+                            ahead = asyncio.ensure_future(asyncio.to_thread(_encoded, file, pace.frame_bytes()))
                             for message, length in batch:
                                 await call.write(message)
                                 moved()
                                 offset += length
                                 sent(length)
+                                if offset < target.blob.size:
+                                    await _keep_pace(pace, length, moved=moved)
                             progress(offset, target.blob.size)
                     finally:
                         await asyncio.wait({ahead})
@@ -252,6 +272,8 @@ async def _send(
         # A write that fails while the coordinator's refusal arrives overwrites that refusal in grpc.aio.
         if error.code() is grpc.StatusCode.INTERNAL and not error.trailing_metadata():
             return None
+        if _is_time_over(error) and offset > began_at:
+            return transfer_pb2.WriteResponse(committed_size=offset)
         raise rpc.from_rpc_error(error) from error
     finally:
         call.cancel()
@@ -273,12 +295,24 @@ async def _hear_why(channel: grpc.aio.Channel, target: transfer_pb2.UploadTarget
         call.cancel()
 
 
-def _encoded(file: BinaryIO) -> list[tuple[bytes, int]]:
+def _is_time_over(error: grpc.aio.AioRpcError) -> bool:
+    """The call has had its STREAM_TIMEOUT_SECONDS; one that was moving is simply gone on with."""
+    return error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def _keep_pace(pace: Pace, count: int, *, moved: Callable[..., None]) -> None:
+    pause_seconds = pace.take(count)
+    if pause_seconds:
+        moved(STALL_SECONDS + pause_seconds)
+        await asyncio.sleep(pause_seconds)
+
+
+def _encoded(file: BinaryIO, frame_bytes: int) -> list[tuple[bytes, int]]:
     """The next frames of the file, ready for the wire, each with the number of its data bytes."""
     batch = []
     for _ in range(BATCH_FRAMES):
         offset = file.tell()
-        data = file.read(frames.FRAME_BYTES)
+        data = file.read(frame_bytes)
         if not data:
             break
         batch.append((frames.encode(data, offset=offset), len(data)))
@@ -298,15 +332,3 @@ async def _stall_guard() -> AsyncIterator[Callable[..., None]]:
             yield moved
     except TimeoutError:
         raise Unavailable("The transfer stood still: no byte moved in time.") from None
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OutOfSpace(
-            "The agent's disk is full.", hint="It goes on by itself when there is room in the agent's home directory."
-        ) from error

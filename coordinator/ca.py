@@ -20,6 +20,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protos.digests import digest_of
@@ -162,6 +163,32 @@ def load(directory: Path) -> CertificateAuthority:
     return CertificateAuthority(key, certificate)
 
 
+def operators_own(certificate: Path, key: Path, *, now: datetime) -> tuple[bytes, bytes]:
+    """The operator's own (key, certificate with its chain), of a CA that is not this one, as PEM.
+
+    InvalidInput: a file cannot be read, the two are not a pair, or the certificate is not valid now.
+    """
+    try:
+        pem, key_bytes = certificate.read_bytes(), key.read_bytes()
+        leaf = x509.load_pem_x509_certificates(pem)[0]
+        private = serialization.load_pem_private_key(key_bytes, password=None)
+    except (OSError, ValueError, TypeError) as error:
+        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise InvalidInput(
+            f"server_certificate and server_key of [certificates] cannot be read: {what}.",
+            hint="Both are PEM files, the key without a password; first the server's certificate, then its chain.",
+        ) from error
+    if _spki(private.public_key()) != _spki(leaf.public_key()):
+        raise InvalidInput(f"The key in {key} is not the one of the certificate in {certificate}.")
+    if not leaf.not_valid_before_utc <= now < leaf.not_valid_after_utc:
+        raise InvalidInput(
+            f"The certificate in {certificate} is valid from {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} to "
+            f"{leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, and now it is {now:%Y-%m-%d %H:%M}.",
+            hint="Put a valid one in its place, or remove server_certificate and server_key to use the federation's.",
+        )
+    return key_bytes, pem
+
+
 def new_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
@@ -204,7 +231,11 @@ def request_key(csr: bytes) -> ec.EllipticCurvePublicKey:
 
 def public_key_hash(key: ec.EllipticCurvePublicKey) -> str:
     """Names a key, so that the same site may repeat an enrollment whose answer was lost."""
-    return digest_of(key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return digest_of(_spki(key))
+
+
+def _spki(key: PublicKeyTypes) -> bytes:
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def write_private(path: Path, content: bytes) -> None:

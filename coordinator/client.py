@@ -1,11 +1,13 @@
 """The operator's side of the coordinator: a profile on disk, and calls over mutual TLS.
 
 Calls are synchronous, because a command does one thing after another. Every one has a deadline: a stopped server
-answers nothing, and keepalive notices only a dead connection.
+answers nothing, and keepalive notices only a dead connection. A profile may name several addresses, of replicas: one
+that is unavailable is left for the next.
 """
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from protos import frames
 from protos.channel import CLIENT_OPTIONS
 from protos.errors import DETAILS_KEY, SilotuneError, Unauthenticated, Unavailable, from_details
 from protos.frames import Frame
-from protos.identity import INSECURE_IDENTITY_KEY, Identity, Role
+from protos.identity import INSECURE_IDENTITY_KEY, Identity, Role, addresses_of
 from protos.v1 import operator_pb2_grpc, transfer_pb2
 
 CALL_TIMEOUT_SECONDS = 15.0
@@ -36,12 +38,18 @@ class Profile:
     """Who the operator is, and where the coordinator: what `silotune-coordinator init` wrote."""
 
     directory: Path
+    # Of each replica, with commas between.
     address: str
+    # PEM: the federation's CA, and those that the profile's ca_bundle adds for the coordinator's certificate.
     ca: bytes
     certificate: bytes
     key: bytes
     # For a coordinator that serves with --insecure-loopback, in benchmarks: no TLS, and only to this machine.
     insecure_loopback: bool = False
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return addresses_of(self.address)
 
     @property
     def expires(self) -> datetime:
@@ -53,11 +61,16 @@ def load_profile(name_or_directory: str) -> Profile:
     directory = profile_directory(name_or_directory)
     try:
         fields = tomllib.loads((directory / "profile.toml").read_text())
+        addresses = addresses_of(fields["address"])
+        if not addresses:
+            raise KeyError("address")
+        on_this_machine = all(address.startswith("127.0.0.1:") for address in addresses)
+        bundle = (directory / fields["ca_bundle"]).read_bytes() if fields.get("ca_bundle") else b""
         return Profile(
             directory=directory,
             address=fields["address"],
-            insecure_loopback=fields.get("insecure_loopback", False) and fields["address"].startswith("127.0.0.1:"),
-            ca=(directory / "ca.pem").read_bytes(),
+            insecure_loopback=fields.get("insecure_loopback", False) and on_this_machine,
+            ca=(directory / "ca.pem").read_bytes() + b"\n" + bundle,
             certificate=(directory / "certificate.pem").read_bytes(),
             key=(directory / "key.pem").read_bytes(),
         )
@@ -75,8 +88,8 @@ class OperatorClient:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self._channel = self._open_channel()
-        self._stub = operator_pb2_grpc.OperatorServiceStub(self._channel)
+        self._addresses = itertools.cycle(profile.addresses)
+        self._connect()
 
     def __enter__(self) -> OperatorClient:
         return self
@@ -85,7 +98,19 @@ class OperatorClient:
         self._channel.close()
 
     def ask(self, method: str, request: Message, *, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> Any:
-        """The answer of one method of OperatorService, in characters that a terminal may be given."""
+        """The answer of one method of OperatorService, in characters that a terminal may be given.
+
+        Each address is asked once before it is given up. An action whose answer was lost may so be asked for twice, as
+        by a person who types the command again; it changes nothing more.
+        """
+        for _ in self.profile.addresses[1:]:
+            try:
+                return self._ask(method, request, timeout_seconds=timeout_seconds)
+            except Unavailable:
+                self._try_next_address()
+        return self._ask(method, request, timeout_seconds=timeout_seconds)
+
+    def _ask(self, method: str, request: Message, *, timeout_seconds: float) -> Any:
         try:
             answer = getattr(self._stub, method)(request, timeout=timeout_seconds, metadata=self._metadata)
             return _made_printable(answer)
@@ -93,7 +118,10 @@ class OperatorClient:
             raise self._explain(error, timeout_seconds=timeout_seconds) from error
 
     def read(self, digest: str, *, offset: int) -> Iterator[Frame]:
-        """The frames of a blob from `offset` on, each checked; CorruptData where one is not what was sent."""
+        """The frames of a blob from `offset` on, each checked; CorruptData where one is not what was sent.
+
+        Unavailable, and the next attempt goes to the next address.
+        """
         with self._open_channel() as channel:
             read: Any = channel.unary_stream(
                 "/silotune.v1.TransferService/Read",
@@ -106,7 +134,10 @@ class OperatorClient:
                 for message in call:
                     yield frames.decode(message)
             except grpc.RpcError as error:
-                raise self._explain(error, timeout_seconds=READ_TIMEOUT_SECONDS) from error
+                explained = self._explain(error, timeout_seconds=READ_TIMEOUT_SECONDS)
+                if isinstance(explained, Unavailable):
+                    self._try_next_address()
+                raise explained from error
             finally:
                 call.cancel()
 
@@ -115,15 +146,25 @@ class OperatorClient:
         me = Identity(Role.OPERATOR, "operator")
         return ((INSECURE_IDENTITY_KEY, me.uri),) if self.profile.insecure_loopback else ()
 
+    def _connect(self) -> None:
+        self._address = next(self._addresses)
+        self._channel = self._open_channel()
+        self._stub = operator_pb2_grpc.OperatorServiceStub(self._channel)
+
+    def _try_next_address(self) -> None:
+        if len(self.profile.addresses) > 1:
+            self._channel.close()
+            self._connect()
+
     def _open_channel(self) -> grpc.Channel:
         if self.profile.insecure_loopback:
-            return grpc.insecure_channel(self.profile.address, options=CLIENT_OPTIONS)
+            return grpc.insecure_channel(self._address, options=CLIENT_OPTIONS)
         credentials = grpc.ssl_channel_credentials(
             root_certificates=self.profile.ca,
             private_key=self.profile.key,
             certificate_chain=self.profile.certificate,
         )
-        return grpc.secure_channel(self.profile.address, credentials, options=CLIENT_OPTIONS)
+        return grpc.secure_channel(self._address, credentials, options=CLIENT_OPTIONS)
 
     def _explain(self, error: Any, *, timeout_seconds: float) -> SilotuneError:
         code, details = error.code().name, error.details() or ""
@@ -139,7 +180,7 @@ class OperatorClient:
                 hint="`silotune-coordinator operator` on the coordinator's machine writes a fresh profile.",
             )
         reason, hint = _what_to_check(code, details, timeout_seconds=timeout_seconds)
-        return Unavailable(f"The coordinator at {self.profile.address} cannot be reached: {reason}.", hint=hint)
+        return Unavailable(f"The coordinator at {self._address} cannot be reached: {reason}.", hint=hint)
 
 
 def _what_to_check(code: str, details: str, *, timeout_seconds: float) -> tuple[str, str]:
@@ -151,8 +192,12 @@ def _what_to_check(code: str, details: str, *, timeout_seconds: float) -> tuple[
     if "CERTIFICATE_VERIFY_FAILED" in details:
         return (
             "its certificate is not from the CA in this profile",
-            "Check the address in profile.toml; after a new `silotune-coordinator init` copy the new profile.",
+            "Check the address in profile.toml; after a new `silotune-coordinator init` copy the new profile. If its "
+            "certificate is of another CA, name a file with that CA as ca_bundle in profile.toml.",
         )
+    if "HTTP proxy returned" in details:
+        code = details.rpartition(" ")[2]
+        return f"the proxy of https_proxy refuses with {code}", "Ask your network team, or except the host by no_proxy."
     if "Peer name" in details or "Hostname Verification" in details:
         return (
             "its certificate is for another host name",

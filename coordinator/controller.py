@@ -31,6 +31,7 @@ from coordinator.presence import ServiceClock, Watch
 from coordinator.rounds import state as s
 from coordinator.rounds.machine import step
 from coordinator.storage.blobs import BlobStore
+from coordinator.storage.garbage import GarbageCollector, drop_damaged
 from coordinator.storage.jobs import Driven
 from coordinator.storage.sites import CONNECTED_SECONDS
 from coordinator.storage.store import Store
@@ -59,6 +60,8 @@ class Controller:
     grace_seconds: float = 30.0
     # A driver that shows no life for so long is replaced: a few turns of a loaded machine, well below any lease.
     driver_silence_seconds: float = 6.0
+    # See storage/garbage.py; 0: all.
+    keep_versions: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _commands: dict[tuple[str, int, int], asyncio.Task[None]] = field(default_factory=dict)
     _clock: ServiceClock = field(default_factory=ServiceClock)
@@ -76,6 +79,9 @@ class Controller:
     aggregation_peak_bytes: int = 0
     # Monotonic time of the last whole turn, for readiness.
     last_turn: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._garbage = GarbageCollector(self.store.database, self.blobs, keep_versions=self.keep_versions)
 
     def wake(self) -> None:
         """Something happened that a step may wait for. Call it from the event loop's thread."""
@@ -142,6 +148,8 @@ class Controller:
                 await asyncio.to_thread(self.store.jobs.say, job.id, sentence, driver_generation=generation)
         if trouble is not None:
             raise trouble
+        if self._garbage.listing_is_due:
+            self._start_sweep()
 
     async def _drives(self, job: Driven) -> bool:
         """Whether this replica drives the job: it does already, or nobody has for long enough."""
@@ -228,15 +236,15 @@ class Controller:
             self._sweeping = asyncio.create_task(asyncio.to_thread(self._sweep))
 
     def _sweep(self) -> None:
-        """Deletes the updates of rounds that are over: the versions made from them are kept, the parts are not."""
-        for owner, digest in self.store.views.garbage():
-            self.store.uploads.forget(owner, digest=digest)
-            if not self.store.uploads.is_named(digest):
-                self.blobs.delete(digest)
-        for digest in self.store.views.stale_optimizer_states():
-            self.store.jobs.forget_optimizer_state(digest)
-            if not self.store.uploads.is_named(digest):
-                self.blobs.delete(digest)
+        try:
+            deleted = self._garbage.collect()
+        except SilotuneError as error:
+            # It is collected next time.
+            log.warning("garbage stays for now", reason=str(error))
+        except Exception:
+            log.exception("garbage could not be collected")
+        else:
+            log.debug("garbage was collected", blobs=deleted)
 
     # --- commands
 
@@ -261,7 +269,11 @@ class Controller:
         try:
             outcome = await self._aggregate(job_id, command, head)
         except Exception as error:
-            log.exception("an aggregation failed", job=job_id, round=command.round)
+            if isinstance(error, SilotuneError | OSError):
+                # No room, or no way to the blobs: it is tried again.
+                log.warning("an aggregation has to wait", job=job_id, round=command.round, reason=str(error))
+            else:
+                log.exception("an aggregation failed", job=job_id, round=command.round)
             write = partial(jobs.fail_command, job_id, error=str(error)[:500], **which)
         else:
             site = outcome.get("corrupt_site", "")
@@ -271,15 +283,18 @@ class Controller:
                 await asyncio.to_thread(self._drop_damaged, command, site)
                 write = partial(jobs.fail_command, job_id, error=damage, corrupt_site=site, **which)
             else:
-                write = partial(jobs.finish_command, job_id, **outcome, **which)
-        await asyncio.to_thread(write)
+                write = partial(jobs.finish_command, job_id, sealed_size=self.blobs.size, **outcome, **which)
+        try:
+            await asyncio.to_thread(write)
+        except SilotuneError as error:
+            # It is still queued, and made again.
+            log.warning("an aggregation could not be recorded", job=job_id, round=command.round, reason=str(error))
 
     def _drop_damaged(self, command: s.Command, site: str) -> None:
         """So that the site is asked for its bytes again."""
         for part in command.contributions:
             if part.site == site:
-                self.store.uploads.forget(site, digest=part.digest)
-                self.blobs.delete(part.digest)
+                drop_damaged(self.store.database, self.blobs, part.digest)
 
     async def _aggregate(self, job_id: str, command: s.Command, head: int) -> dict[str, Any]:
         """Runs the worker process and seals what it wrote, before any row names it."""

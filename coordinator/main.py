@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import fcntl
-import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +30,7 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator import ca, observe
 from coordinator.controller import Controller
+from coordinator.lock import locked
 from coordinator.services.agents import AgentService
 from coordinator.services.doorbell import Doorbell
 from coordinator.services.enrollment import EnrollmentService
@@ -40,8 +38,9 @@ from coordinator.services.interceptors import Gate, Outcome, RateLimit
 from coordinator.services.operator import OperatorService
 from coordinator.services.transfers import TransferService
 from coordinator.services.wire import handlers
-from coordinator.settings import Settings, blob_directory, database_url
-from coordinator.storage.blobs import FileBlobStore
+from coordinator.settings import Settings, blob_directory
+from coordinator.storage.blobs import BlobStore
+from coordinator.storage.opening import open_storage
 from coordinator.storage.store import Store
 from protos.channel import SERVER_OPTIONS
 from protos.digests import digest_of
@@ -95,21 +94,20 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     _use_one_arena()
-    with _locked(directory), ThreadPoolExecutor(thread_name_prefix="disk") as disk:
-        store = Store.open(database_url(settings, directory))
-        try:
-            blobs = FileBlobStore(blob_directory(settings, directory), reserve_bytes=settings.storage.reserve_bytes)
-            coordinator = Coordinator(directory, settings, store=store, blobs=blobs, disk=disk)
-            await coordinator.run(insecure=insecure_loopback, started=started, stop=stop)
-        finally:
-            store.close()
+    with (
+        locked(directory),
+        ThreadPoolExecutor(thread_name_prefix="disk") as disk,
+        open_storage(settings, directory) as (store, blobs),
+    ):
+        coordinator = Coordinator(directory, settings, store=store, blobs=blobs, disk=disk)
+        await coordinator.run(insecure=insecure_loopback, started=started, stop=stop)
 
 
 class Coordinator:
     """One process's parts, put together."""
 
     def __init__(
-        self, directory: Path, settings: Settings, *, store: Store, blobs: FileBlobStore, disk: ThreadPoolExecutor
+        self, directory: Path, settings: Settings, *, store: Store, blobs: BlobStore, disk: ThreadPoolExecutor
     ) -> None:
         self._settings = settings
         self._store = store
@@ -133,9 +131,10 @@ class Coordinator:
             scratch=blob_directory(settings, directory) / "scratch",
             on_work=self._doorbell.ring,
             replica=replica_name(directory),
+            keep_versions=settings.storage.keep_versions,
         )
         self._readiness = observe.Readiness(
-            (observe.store_check(store), observe.disk_check(blobs.spare_bytes), self._controller_check)
+            (observe.store_check(store), observe.disk_check(blobs.spare_bytes), blobs.check, self._controller_check)
         )
         self._health = HealthServicer()
         days = settings.certificates.client_days
@@ -265,12 +264,14 @@ def _use_one_arena() -> None:
 def server_certificate(
     directory: Path, settings: Settings, *, authority: ca.CertificateAuthority
 ) -> tuple[bytes, bytes]:
-    """The coordinator's own key and certificate as PEM.
+    """The coordinator's own key and certificate as PEM: the operator's, or one of this federation's.
 
-    Made anew when there is none, two thirds of its life are over, or the settings name other hosts.
+    The latter is made anew when there is none, two thirds of its life are over, or the settings name other hosts.
     """
+    own, now, days = settings.certificates, ca.utc_now(), settings.certificates.server_days
+    if own.server_certificate:
+        return ca.operators_own(directory / own.server_certificate, directory / own.server_key, now=now)
     key_path, path = directory / SERVER_KEY_FILE, directory / SERVER_CERTIFICATE_FILE
-    now, days = ca.utc_now(), settings.certificates.server_days
     old = path.read_bytes() if path.exists() else None
     if (
         old is None
@@ -300,25 +301,6 @@ def coordinator_version() -> str:
         return version("silotune")
     except PackageNotFoundError:
         return "0+unpackaged"
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Holds the data directory; the lock goes with the process, however it ends."""
-    with (directory / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise Conflict(
-                f"Another coordinator (process {holder}) serves from {directory}.",
-                hint="One data directory has one coordinator; stop the other, or name another with --data.",
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:

@@ -8,6 +8,7 @@ jobs, and closed lists: their number is bounded.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import time
@@ -24,6 +25,7 @@ from prometheus_client.process_collector import ProcessCollector
 from coordinator.rounds.state import JobState, Phase, TaskKind
 from coordinator.storage.store import Store
 from coordinator.storage.views import JobRecord
+from protos.errors import SilotuneError
 
 # Jobs that have ended stay visible this long, so that the last scrape is not the end of their graphs.
 ENDED_JOBS_SHOWN = 20
@@ -52,6 +54,9 @@ class Metrics:
         )
         self.transfers_active = Gauge(
             "silotune_transfers_active", "Streams being served.", ["direction"], registry=self.registry
+        )
+        self.ready = Gauge(
+            "silotune_ready", "Whether work may be sent here; /readyz says why not.", registry=self.registry
         )
         self.updates = Counter("silotune_updates", "Updates handed in, by fate.", ["fate"], registry=self.registry)
         for direction in ("up", "down"):
@@ -82,11 +87,23 @@ class StoreCollector:
         return []  # registering must not read the store
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        yield from self._jobs()
-        yield from self._sites()
-        spare = GaugeMetricFamily("silotune_disk_spare_bytes", "Free disk above the reserve.")
-        spare.add_metric([], self._spare_bytes())
-        yield spare
+        """While the database or the disk is away, what they do not tell is left out: a gap, and no wrong number."""
+        up = GaugeMetricFamily("silotune_store_up", "Whether the database answers.")
+        expiry = GaugeMetricFamily(
+            "silotune_certificate_expiry_timestamp_seconds", "When a certificate ends.", labels=["holder"]
+        )
+        for holder, expires in self._certificates.items():
+            expiry.add_metric([holder], expires)
+        try:
+            found = [*self._jobs(), *self._sites(expiry)]
+        except SilotuneError:
+            found = []
+        up.add_metric([], float(bool(found)))
+        yield from (up, *found, expiry)
+        with contextlib.suppress(SilotuneError, OSError):
+            spare = GaugeMetricFamily("silotune_disk_spare_bytes", "Free disk above the reserve.")
+            spare.add_metric([], self._spare_bytes())
+            yield spare
 
     def _jobs(self) -> Iterator[GaugeMetricFamily]:
         state = GaugeMetricFamily("silotune_job_state", "1 for the state that a job is in.", labels=["job", "state"])
@@ -114,13 +131,10 @@ class StoreCollector:
                     stages.add_metric([job.id, stage], seconds)
         yield from (state, current, waiting, stages, aggregation)
 
-    def _sites(self) -> Iterator[GaugeMetricFamily]:
+    def _sites(self, expiry: GaugeMetricFamily) -> Iterator[GaugeMetricFamily]:
         up = GaugeMetricFamily("silotune_site_up", "Whether the site's agent was heard of lately.", labels=["site"])
         seen = GaugeMetricFamily(
             "silotune_site_last_seen_timestamp_seconds", "When the site's agent last called.", labels=["site"]
-        )
-        expiry = GaugeMetricFamily(
-            "silotune_certificate_expiry_timestamp_seconds", "When a certificate ends.", labels=["holder"]
         )
         now = self._unix_seconds()
         for site in self._store.sites.all():
@@ -128,9 +142,7 @@ class StoreCollector:
                 up.add_metric([site.name], float(site.connected(now_unix_seconds=now)))
                 seen.add_metric([site.name], site.last_seen_unix_seconds)
                 expiry.add_metric([f"site/{site.name}"], site.certificate_expires_unix_seconds)
-        for holder, expires in self._certificates.items():
-            expiry.add_metric([holder], expires)
-        yield from (up, seen, expiry)
+        yield from (up, seen)
 
 
 def _shown(jobs: list[JobRecord]) -> Iterator[JobRecord]:
@@ -147,7 +159,7 @@ class Readiness:
 
     checks: Iterable[Callable[[], str]]
     draining: bool = False
-    reasons: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=lambda: ["nobody has looked yet"])
 
     async def find_out(self) -> list[str]:
         """Why the coordinator is not ready; empty when it is."""
@@ -163,17 +175,20 @@ class Readiness:
 def store_check(store: Store) -> Callable[[], str]:
     def check() -> str:
         try:
-            with store.database.write():
-                return ""
-        except Exception as error:
-            return f"the database cannot be written: {error}"
+            store.database.probe()
+        except SilotuneError as error:
+            return f"the database cannot be written: {error.message}"
+        return ""
 
     return check
 
 
 def disk_check(spare_bytes: Callable[[], int]) -> Callable[[], str]:
     def check() -> str:
-        spare = spare_bytes()
+        try:
+            spare = spare_bytes()
+        except (SilotuneError, OSError) as error:
+            return f"the blob store cannot be reached: {error}"
         return "" if spare >= 0 else f"the disk lacks {-spare} bytes of its reserve"
 
     return check
@@ -183,6 +198,7 @@ def http_app(*, metrics: Metrics, readiness: Readiness) -> web.Application:
     """/metrics, /healthz (this process answers) and /readyz (work may be sent here)."""
 
     async def show_metrics(_request: web.Request) -> web.Response:
+        metrics.ready.set(float(not readiness.reasons and not readiness.draining))
         body = await asyncio.to_thread(generate_latest, metrics.registry)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 

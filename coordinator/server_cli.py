@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from coordinator import ca, observe, settings
-from coordinator.settings import Listen, Public, Settings
+from coordinator.settings import Listen, Public, Settings, Storage
 from coordinator.terminal import Output, with_output
 from protos.errors import AlreadyExists, InvalidInput
-from protos.identity import Identity, Role, check_name
+from protos.identity import Identity, Role, at_port, check_name
 
 DEFAULT_PORT = 9443
 
@@ -42,7 +43,8 @@ def main() -> None:
     silotune-coordinator serve                        runs until it is stopped; safe to kill at any time
     silotune site invite st-olav                      from then on: the operator's own command
 
-    Exit codes: 0 done, 2 wrong usage, 3 wrong settings, 5 exists already or is in use, 8 disk, 9 a defect.
+    Exit codes: 0 done, 2 wrong usage, 3 wrong settings, 5 exists already or is in use, 7 no database, 8 disk,
+    9 a defect.
     """
 
 
@@ -148,13 +150,70 @@ def operator(*, output: Output, data: Path, profile: str, name: str) -> None:
     """Writes a profile with a fresh operator's certificate, for another person or when the old one expires."""
     found, authority = settings.load(data), ca.load(data)
     target = settings.profile_directory(profile)
-    host = found.public.enrollment_address.rpartition(":")[0]
-    address = f"{host}:{found.listen.address.rpartition(':')[2]}"
+    address = at_port(found.public.enrollment_address, found.listen.address.rpartition(":")[2])
     valid_days = found.certificates.operator_days
     write_profile(target, address=address, authority=authority, name=check_name(name), valid_days=valid_days)
     output.answer(
         {"profile": str(target), "address": address, "valid_days": valid_days},
         text=f"{target} holds an operator's certificate that is good for {valid_days:g} days.",
+    )
+
+
+@main.command()
+@data_option
+@click.option("--to", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where the backup goes.")
+@with_output
+def backup(*, output: Output, data: Path, to: Path) -> None:
+    """Copies everything that the coordinator must not lose, while it serves.
+
+    One moment of the database, every blob that it names, the settings and the keys: who has the backup can be the
+    coordinator. Blobs are hard links where --to is on the same file system, so back up to another disk, or copy the
+    directory there afterwards. A backup into the directory of an earlier one copies what is new and replaces the rest
+    at the end.
+
+    
+    silotune-coordinator backup --to /backup/silotune
+    silotune-coordinator restore --from /backup/silotune --data /srv/silotune
+    """
+    from coordinator.backup import backup as make
+
+    manifest = make(data, settings.load(data), to=to, say=output.note)
+    output.answer(
+        {"backup": str(to), **asdict(manifest)},
+        text=f"{to} holds the coordinator's database and {manifest.blobs} blobs, {manifest.blob_bytes / 1e6:.0f} MB.",
+    )
+
+
+@main.command()
+@click.option("--from", "source", required=True, type=click.Path(file_okay=False, path_type=Path), help="The backup.")
+@data_option
+@click.option("--database", default=Storage().database, show_default=True, help="As in coordinator.toml; empty so far.")
+@click.option("--blobs", default=Storage().blobs, show_default=True, help="As in coordinator.toml; empty so far.")
+@click.option("--s3-endpoint-url", help="With --blobs s3://bucket/prefix, as in coordinator.toml.")
+@with_output
+def restore(
+    *, output: Output, source: Path, data: Path, database: str, blobs: str, s3_endpoint_url: str | None
+) -> None:
+    """Makes a new data directory of a backup, in any database and blob store.
+
+    Nothing is overwritten: the data directory, the database and the blob store must be empty. Agents find the restored
+    coordinator at the old addresses and go on; what was committed after the backup is done once more. This is also how
+    a coordinator moves from SQLite to PostgreSQL, or from files to S3: stop it, back it up, restore it there.
+
+    
+    silotune-coordinator restore --from /backup/silotune --data /srv/silotune
+    silotune-coordinator restore --from /backup/silotune --data /srv/silotune \
+        --database postgresql://silotune@db.example.org/silotune --blobs s3://silotune/hospital
+    """
+    from coordinator.backup import restore as put_back
+
+    storage = {"database": database, "blobs": blobs}
+    if s3_endpoint_url is not None:
+        storage["s3_endpoint_url"] = s3_endpoint_url
+    manifest = put_back(source, data=data, storage=storage, say=output.note)
+    output.answer(
+        {"data": str(data), **asdict(manifest)},
+        text=f"{data} is restored. Next: silotune-coordinator serve --data {data}",
     )
 
 

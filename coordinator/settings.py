@@ -11,13 +11,18 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from protos.errors import InvalidInput
 
 FILE_NAME = "coordinator.toml"
 
-Address = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.\-]+):\d{1,5}$")]
+_ADDRESS = r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.\-]+):\d{1,5}"
+Address = Annotated[str, Field(pattern=f"^{_ADDRESS}$")]
+# "a:9444,b:9444": replicas of one coordinator.
+Addresses = Annotated[str, Field(pattern=f"^{_ADDRESS}(,{_ADDRESS})*$")]
+
+BlobPlace = Annotated[str, Field(pattern=r"^(s3://[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9](/[A-Za-z0-9_.\-]+)*|[^:]+)$")]
 
 
 class _Part(BaseModel):
@@ -36,17 +41,25 @@ class Listen(_Part):
 class Public(_Part):
     """What agents dial, as it is known outside."""
 
-    # Goes into join tokens.
-    enrollment_address: Address
+    # Goes into join tokens; of replicas, with commas between.
+    enrollment_address: Addresses
 
 
 class Storage(_Part):
     database: str = "sqlite:///coordinator.db"
-    blobs: str = "blobs"
+    # A directory, or s3://bucket/prefix.
+    blobs: BlobPlace = "blobs"
+    # Of an S3 server that is not Amazon's. Credentials come from where every AWS tool takes them.
+    s3_endpoint_url: Annotated[str, Field(pattern=r"^(https?://[^\s/@]+/?)?$")] = ""
+    s3_region: Annotated[str, Field(pattern=r"^[a-z0-9\-]*$")] = ""
+    # Copies of S3's blobs on this disk; what is in use may exceed it.
+    cache_bytes: Annotated[int, Field(ge=0)] = 16 << 30
     # Nothing is uploaded, and the coordinator is not ready, with less than this free.
     reserve_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     # The largest single blob that a site may upload.
     max_blob_bytes: Annotated[int, Field(gt=0)] = 64 << 30
+    # How many of a job's newest versions are kept, besides the best one and those in use; 0: all.
+    keep_versions: Annotated[int, Field(ge=0)] = 0
 
 
 class Certificates(_Part):
@@ -55,8 +68,18 @@ class Certificates(_Part):
     operator_days: Annotated[float, Field(gt=0, le=3650)] = 365
     # Renewed at a start of the coordinator when a third is left.
     server_days: Annotated[float, Field(gt=0, le=3650)] = 397
+    # A certificate of the operator's own for both listeners, and its key: PEM files. Agents then name its CA as their
+    # ca_bundle. Read when the coordinator starts.
+    server_certificate: str = ""
+    server_key: str = ""
     # Names and addresses that agents may dial.
     hosts: Annotated[tuple[str, ...], Field(min_length=1)] = ("localhost", "127.0.0.1")
+
+    @model_validator(mode="after")
+    def _come_together(self) -> Certificates:
+        if bool(self.server_certificate) != bool(self.server_key):
+            raise ValueError("server_certificate and server_key go together; one of them is missing")
+        return self
 
 
 class Transfers(_Part):
@@ -116,8 +139,16 @@ def database_url(settings: Settings, directory: Path) -> str:
     return url
 
 
+def bucket_and_prefix(settings: Settings) -> tuple[str, str] | None:
+    """Where the blobs are in S3; None when they are files."""
+    scheme, _, location = settings.storage.blobs.partition("s3://")
+    bucket, _, prefix = location.partition("/")
+    return (bucket, prefix) if not scheme and location else None
+
+
 def blob_directory(settings: Settings, directory: Path) -> Path:
-    return directory / settings.storage.blobs
+    """Where blobs lie on this disk: all of them, or copies of S3's and what is on its way there."""
+    return directory / ("cache" if bucket_and_prefix(settings) else settings.storage.blobs)
 
 
 def default_directory() -> Path:
@@ -153,14 +184,20 @@ enrollment_address = "{public.enrollment_address}"
 
 [storage]
 database = "{storage.database}"
-blobs = "{storage.blobs}"
+blobs = "{storage.blobs}"                  # a directory, or "s3://bucket/prefix"
+s3_endpoint_url = ""             # of an S3 server that is not Amazon's; credentials as for every AWS tool:
+s3_region = ""                   # environment, ~/.aws, or the role of the machine
+cache_bytes = {storage.cache_bytes}        # with S3: copies of blobs on this disk, below cache/
 reserve_bytes = {storage.reserve_bytes}         # uploads are refused with less than this free
 max_blob_bytes = {storage.max_blob_bytes}       # the largest single upload
+keep_versions = {storage.keep_versions}                # the newest of each job, besides the best; 0: all
 
 [certificates]
 client_days = {certificates.client_days:g}                 # sites; renewed by the agents themselves
 operator_days = {certificates.operator_days:g}              # see `silotune-coordinator operator`
 server_days = {certificates.server_days:g}                # renewed when the coordinator starts
+server_certificate = ""          # PEM files of a certificate of your own, where an ingress wants one;
+server_key = ""                  # agents then name its CA as ca_bundle
 hosts = [{names}]   # names and addresses that agents may dial
 
 [transfers]

@@ -118,7 +118,11 @@ def scores(state: GetJobResponse, *, house: Collection[str]) -> tuple[str, dict[
 
 def waiting_lines(tasks: Sequence[TaskView]) -> list[str]:
     """A short line for each piece of work that is not done: who, what, how far."""
-    return [f"{task.site}: {_work(task)}, {_stage(task)}{_percent(task)}" for task in tasks if task.state in _OPEN]
+    return [
+        f"{task.site}: {_work(task)}, {_stage(task)}{_percent(task)}{_left(task)}"
+        for task in tasks
+        if task.state in _OPEN
+    ]
 
 
 def failed_lines(tasks: Sequence[TaskView]) -> list[str]:
@@ -191,9 +195,16 @@ def _work(task: TaskView) -> str:
 
 
 def _stage(task: TaskView) -> str:
+    stage = name_of(agent_pb2.Stage, task.progress.stage).lower()
     if task.state == operator_pb2.TASK_STATE_QUEUED:
-        return "has not taken it yet"
-    return name_of(agent_pb2.Stage, task.progress.stage).lower() or "starting"
+        # Progress was told by a grant whose lease ran out.
+        return f"silent, was {stage}" if stage else "has not taken it yet"
+    return stage or "starting"
+
+
+def _left(task: TaskView) -> str:
+    left = task.progress.total - task.progress.done
+    return f", {size(left)} left" if task.progress.unit == "bytes" and left > 0 else ""
 
 
 def _percent(task: TaskView) -> str:

@@ -11,7 +11,7 @@ import click
 # Command -> (module, attribute, one line of help).
 _COMMANDS = {
     "site": ("coordinator.cli", "site", "Invite sites, see who is there, revoke them."),
-    "job": ("coordinator.cli", "job", "Submit jobs, watch them, steer them."),
+    "job": ("coordinator.job_cli", "job", "Submit jobs, watch them, steer them."),
     "model": ("coordinator.cli", "model", "Take a finished model home."),
     "bench": ("deploy.bench.cli", "bench", "Measure rounds on this machine."),
     "demo": ("deploy.demo.cli", "demo", "A real medical federation on this machine."),

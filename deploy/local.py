@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +24,11 @@ from typing import Any
 
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0
+# Below every system's range for outgoing connections: else such a connection may take the port of a node that is down
+# for a moment, and the node cannot come back.
+PORTS = range(15_000, 32_000)
+COORDINATOR = "coordinator"
+LISTENERS = ("address", "enrollment_address", "http_address")
 
 
 class CommandFailed(Exception):
@@ -81,13 +88,18 @@ class LocalFederation:
     # Changes to coordinator.toml: {"tasks": {"lease_seconds": 2}}.
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    # What a node, named by the first argument, is really started as: words such as `env` may go before its own.
+    wrap: Callable[[str, list[str]], list[str]] = lambda _, argv: argv
+    json_logs: bool = False
     nodes: dict[str, Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.data, self.profile = self.directory / "coordinator", self.directory / "operator"
+        self.data, self.profile = self.directory / COORDINATOR, self.directory / "operator"
         ports = free_ports(3)
         self.address = f"127.0.0.1:{ports[0]}"
-        self._enrollment, self._http = (f"127.0.0.1:{port}" for port in ports[1:])
+        self._enrollment = f"127.0.0.1:{ports[1]}"
+        # The HTTP address of each coordinator; with replicas there are several.
+        self._http = {COORDINATOR: f"127.0.0.1:{ports[2]}"}
 
     def __enter__(self) -> LocalFederation:
         return self
@@ -125,7 +137,8 @@ class LocalFederation:
         self.run(
             "silotune-coordinator", "init", "--data", str(self.data), "--profile", str(self.profile),
             "--host", host, "--listen", host, "--port", port,
-            "--enrollment-port", self._enrollment.rsplit(":", 1)[1], "--http-port", self._http.rsplit(":", 1)[1],
+            "--enrollment-port", self._enrollment.rsplit(":", 1)[1],
+            "--http-port", self._http[COORDINATOR].rsplit(":", 1)[1],
         )  # fmt: skip
         if self.insecure_loopback:
             with (self.profile / "profile.toml").open("a") as file:
@@ -137,22 +150,48 @@ class LocalFederation:
                 text = _set_key(text, table, key, json.dumps(value))
         path.write_text(text)
 
-    def start_coordinator(self) -> Node:
-        """Starts `silotune-coordinator serve` and waits until it is ready."""
-        words = ["silotune-coordinator", "serve", "--data", str(self.data)]
+    def add_replica(self, name: str) -> str:
+        """Makes the data directory of one more coordinator of the same federation; returns its main address.
+
+        It has the first one's keys and settings, and listeners of its own. The settings must name a shared database
+        and a shared blob store.
+        """
+        data = self.directory / name
+        data.mkdir()
+        for file in self.data.iterdir():
+            if file.is_file() and file.name != "lock":
+                shutil.copy2(file, data)
+        listeners = dict(zip(LISTENERS, (f"127.0.0.1:{port}" for port in free_ports(3)), strict=True))
+        path = data / "coordinator.toml"
+        text = path.read_text()
+        for key, address in listeners.items():
+            text = _set_key(text, "listen", key, json.dumps(address))
+        path.write_text(text)
+        self._http[name] = listeners["http_address"]
+        return listeners["address"]
+
+    def start_coordinator(self, name: str = COORDINATOR, *, wait: bool = True) -> Node:
+        """Starts `silotune-coordinator serve`; with `wait` until it is ready."""
+        words = ["silotune-coordinator", "serve", "--data", str(self.directory / name)]
         if self.insecure_loopback:
             words.append("--insecure-loopback")
-        return self._start("coordinator", words, self._http)
+        return self._start(name, words, self._http[name], wait=wait)
 
     def home(self, name: str) -> Path:
         return self.directory / "agents" / name
 
-    def enroll(self, name: str, *, site_toml: str, house: bool = False) -> None:
-        """Invites and enrolls a site and writes its site.toml; `{http}` in it becomes a free address."""
+    def enroll(
+        self, name: str, *, site_toml: str, house: bool = False, coordinator: str = "", replace: bool = False
+    ) -> None:
+        """Invites and enrolls a site and writes its site.toml; `{http}` in it becomes a free address.
+
+        `coordinator` is what the agent dials, where it is not the coordinator's own address.
+        """
         token = self.silotune("site", "invite", name, *(["--house"] if house else []))["token"]
         home = self.home(name)
         self.run(
-            "silotune-agent", "enroll", "--coordinator", self.address, "--token", token, "--home", str(home)
+            "silotune-agent", "enroll", "--coordinator", coordinator or self.address, "--token", token,
+            "--home", str(home), *(["--replace"] if replace else []),
         )  # fmt: skip
         (home / "site.toml").write_text(site_toml.replace("{http}", f"127.0.0.1:{free_ports(1)[0]}"))
 
@@ -167,7 +206,7 @@ class LocalFederation:
 
     def stop(self) -> None:
         """Ends every process, agents first; what does not end in time is killed."""
-        order = sorted(self.nodes.values(), key=lambda node: node.name == "coordinator")
+        order = sorted(self.nodes.values(), key=lambda node: node.name in self._http)
         for node in order:
             if node.process.poll() is None:
                 node.process.terminate()
@@ -202,9 +241,10 @@ class LocalFederation:
         log = self.directory / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         self.on_command(" ".join(words))
+        argv = self._argv([*words, *(["--log-format", "json"] if self.json_logs else [])])
         with log.open("ab") as file:
             process = subprocess.Popen(
-                self._argv(words), stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=self._env(),
+                self.wrap(name, argv), stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=self._env(),
                 start_new_session=True,
             )  # fmt: skip
         node = Node(name, words, log, http_address, process)
@@ -223,14 +263,17 @@ class LocalFederation:
 
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    free: list[int] = []
+    while len(free) < count:
+        port = random.choice(PORTS)
+        with socket.socket() as one:
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in free:
+            free.append(port)
+    return free
 
 
 def _ready(node: Node) -> bool:

@@ -66,13 +66,23 @@ def parse_uri(uri: str) -> Identity:
     return Identity(Role(match[1]), match[2])
 
 
+def addresses_of(text: str) -> tuple[str, ...]:
+    """The addresses in a list such as "a:9443,b:9443": replicas of one coordinator, in the order of preference."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def at_port(text: str, port: str) -> str:
+    """The same hosts with another port."""
+    return ",".join(f"{address.rpartition(':')[0]}:{port}" for address in addresses_of(text))
+
+
 @dataclass(frozen=True)
 class JoinToken:
     """What `silotune site invite` prints: one use, one name, an expiry that the coordinator keeps."""
 
     name: str
     secret: str
-    # Where enrollment is answered; the main address is this host with the coordinator's own port.
+    # Where enrollment is answered, with commas between several; the main address is this host with another port.
     enrollment_address: str
     # The CA certificate, DER in base64.
     ca: str

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from client_agent.training.classification import TextClassification
@@ -49,7 +49,8 @@ def write_model_files(model: Model, *, task: TextClassification, directory: Path
     if isinstance(network, PeftModel):
         network.peft_config["default"].save_pretrained(str(directory))
     elif frozen := _frozen(model):
-        save_file(frozen, directory / FROZEN, metadata={"format": "pt"})
+        # Not `save_file`, whose error on a full disk is none of the operating system's.
+        (directory / FROZEN).write_bytes(save(frozen, metadata={"format": "pt"}))
 
 
 def _frozen(model: Model) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import torch
 
 from client_agent.settings import DataSet
 from client_agent.taskdir import FILES, UPDATE, TaskResult, TaskSpec
+from client_agent.training.checkpoints import Checkpoints
 from client_agent.training.classification import TextClassification, Tokens
 from client_agent.training.data import Split, fingerprint, read_rows
 from client_agent.training.evaluate import evaluate
@@ -25,6 +26,7 @@ from client_agent.training.files import write_model_files, write_tensors
 from client_agent.training.model import Model, build, load_version, update_norm
 from client_agent.training.train import diverged, prepare, step_count, train
 from protos import jobspec
+from protos.digests import digest_of
 from protos.errors import InvalidInput, SiteConfigInvalid
 
 KEPT_MODELS = 1  # a second one would not fit on many a GPU
@@ -62,6 +64,9 @@ class Work:
     warm: Warm
     report: Report
     began: float  # time.monotonic() when the task was received
+    # Whether the daemon wants the training to save its state and end; and what the site's log should have.
+    pausing: Callable[[], bool] = lambda: False
+    warn: Callable[[str], None] = lambda sentence: None
     spec: jobspec.JobSpec = field(init=False)
     kind: TextClassification = field(init=False)
     device: torch.device = field(init=False)
@@ -102,9 +107,12 @@ class Work:
         self._lap("load", since=self.began)
         steps = step_count(self.spec.local, rows=len(tokens))
         learning_rate = self.spec.learning_rate_at(self.task.round)
+        here = -1  # steps in this sitting
 
         def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
-            if done == 1:
+            nonlocal here
+            here += 1
+            if here == 1:
                 self._lap("first_step", since=self.began)
             self.report("training", done, total, "steps", metrics)
 
@@ -112,6 +120,7 @@ class Work:
         loss = train(
             model, tokens=tokens, task=self.kind, local=self.spec.local, steps=steps,
             learning_rate_at=lambda step: learning_rate, seed=self.task.seed, on_step=on_step,
+            checkpoints=self._checkpoints(model, tokens),
         )  # fmt: skip
         self._lap("train", since=start)
         start = time.monotonic()
@@ -123,12 +132,21 @@ class Work:
         metrics = {
             "loss": loss,
             "learning_rate": learning_rate,
-            "steps_per_second": steps / self.seconds["train"],
+            "steps_per_second": here / self.seconds["train"],
             "update_norm": norm,
             "skipped_rows": float(tokens.skipped),
             **self._memory(),
         }
         return TaskResult(examples=len(tokens), steps=steps, metrics=metrics, seconds=self.seconds)
+
+    def _checkpoints(self, model: Model, tokens: Tokens) -> Checkpoints:
+        # The rows as the model sees them, so that a file that was only touched costs no training.
+        rows = [digest_of(part.numpy().tobytes()) for part in (tokens.ids, tokens.starts, tokens.labels)]
+        shapes = [(name, list(tensor.shape)) for name, tensor in model.federated.items()]
+        work = self.task.work_digest(rows=rows, tensors=shapes, device=self.device.type)
+        return Checkpoints(
+            self.directory, work, self.spec.local.checkpoint_seconds, pausing=self.pausing, warn=self.warn
+        )
 
     def _evaluate(self) -> TaskResult:
         if self.task.split not in ("validation", "test"):

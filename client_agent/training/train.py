@@ -1,4 +1,4 @@
-"""Local training: from a version of the global model to an update, in one sitting.
+"""Local training: from a version of the global model to an update, in one sitting or from checkpoint to checkpoint.
 
 Everything random follows from one seed: the order of the rows from a generator of its own, dropout from torch's. The
 optimizer is new each time. So the same version, rows and seed give the same update bit for bit, in a process that
@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from client_agent.training.checkpoints import Checkpoints, Reached
 from client_agent.training.classification import TextClassification, Tokens
 from client_agent.training.model import Model
 from protos.errors import InvalidInput, OutOfSpace
 from protos.jobspec import Local
 
-# done, total, metrics; called after each step, and once before the first with done = 0. It may raise, to stop.
+# done, total, metrics; called after each step, and once before the first with done = 0 or what a checkpoint had
+# reached. It may raise, to stop.
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -49,35 +53,40 @@ def train(
     learning_rate_at: Callable[[int], float],
     seed: int,
     on_step: OnStep,
+    checkpoints: Checkpoints | None = None,
 ) -> float:
     """Trains `model` in place for `steps` steps; returns the mean loss over the last epoch (or all, when shorter).
 
     `learning_rate_at` takes the step, from 0. InvalidInput when the loss is no longer finite; OutOfSpace when not even
-    one row fits into the device's memory.
+    one row fits into the device's memory; Paused by the checkpoints, which hold what was done.
     """
     torch.manual_seed(seed)
     model.network.train()
     optimizer = make_optimizer(model, local=local, learning_rate=learning_rate_at(0))
     order = batches(len(tokens), batch_size=local.batch_size, seed=seed)
-    micro_batch_size = local.micro_batch_size or local.batch_size
-    losses: list[float] = []
-    on_step(0, steps, {})
-    for step in range(steps):
-        learning_rate = learning_rate_at(step)
+    last_epoch = deque[float](maxlen=math.ceil(len(tokens) / local.batch_size))
+    done = Reached(local.micro_batch_size or local.batch_size, losses=last_epoch)
+    if checkpoints:
+        checkpoints.restore(done, model=model, optimizer=optimizer)
+    on_step(done.step, steps, {})
+    for rows in islice(order, done.step, steps):
+        learning_rate = learning_rate_at(done.step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        loss, micro_batch_size = _gradients(
-            model, rows=next(order), tokens=tokens, task=task, local=local, micro_batch_size=micro_batch_size
+        loss, done.micro_batch_size = _gradients(
+            model, rows=rows, tokens=tokens, task=task, local=local, micro_batch_size=done.micro_batch_size
         )
         if not math.isfinite(loss):
-            raise diverged(f"the loss became {loss} in step {step + 1} of {steps}")
+            raise diverged(f"the loss became {loss} in step {done.step + 1} of {steps}")
         if local.max_gradient_norm:
             nn.utils.clip_grad_norm_(model.trainable, local.max_gradient_norm)
         optimizer.step()
-        losses.append(loss)
-        on_step(step + 1, steps, {"loss": loss, "learning_rate": learning_rate})
+        done.step += 1
+        last_epoch.append(loss)
+        on_step(done.step, steps, {"loss": loss, "learning_rate": learning_rate})
+        if checkpoints and done.step < steps:
+            checkpoints.after_step(done, model=model, optimizer=optimizer)
     model.network.zero_grad(set_to_none=True)
-    last_epoch = losses[-math.ceil(len(tokens) / local.batch_size) :]
     return sum(last_epoch) / len(last_epoch)
 
 

@@ -6,6 +6,7 @@ events before any of them is imported, and whatever else is written to it goes t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from client_agent.taskdir import read_spec, write_result
+from client_agent.taskdir import Paused, read_spec, write_result
 from client_agent.training.data import without_content
 from protos.errors import SilotuneError
 
@@ -35,6 +36,7 @@ class Run:
     received: float  # time.monotonic()
     # Each run has its own, so that a cancel that comes too late does not hit the next one.
     cancelled: threading.Event = field(default_factory=threading.Event)
+    pausing: threading.Event = field(default_factory=threading.Event)
 
 
 class Control:
@@ -55,6 +57,8 @@ class Control:
                 self._runs.put(latest)
             elif command.get("cancel") and latest:
                 latest.cancelled.set()
+            elif command.get("pause") and latest:
+                latest.pausing.set()
         if latest:
             latest.cancelled.set()
         self._runs.put(None)
@@ -69,17 +73,22 @@ class Control:
 
 
 class Progress:
-    """Progress events, at most four a second, the first and the last of each stage always; ends a cancelled task."""
+    """Progress events, at most four a second, the first and the last of each stage always; ends a task that is to end.
 
-    def __init__(self, *, control: Control, cancelled: threading.Event) -> None:
+    A training that is to pause is not ended here: its checkpoints do that, at the next step.
+    """
+
+    def __init__(self, run: Run, *, control: Control) -> None:
+        self._run = run
         self._control = control
-        self._cancelled = cancelled
         self._stage = ""
         self._said = 0.0
 
     def __call__(self, stage: str, done: int, total: int, unit: str, metrics: dict[str, float]) -> None:
-        if self._cancelled.is_set():
+        if self._run.cancelled.is_set():
             raise Cancelled
+        if self._run.pausing.is_set() and stage != "training":
+            raise Paused
         now = time.monotonic()
         if stage != self._stage or done in (1, total) or now - self._said >= PROGRESS_SECONDS:
             self._control.say("progress", stage=stage, done=done, total=total, unit=unit, metrics=metrics)
@@ -98,11 +107,15 @@ def main() -> None:
     warm = Warm()
     for run in control.runs():
         try:
-            report = Progress(control=control, cancelled=run.cancelled)
-            work = Work(read_spec(run.directory), run.directory, warm, report, run.received)
+            work = Work(
+                read_spec(run.directory), run.directory, warm, Progress(run, control=control), run.received,
+                pausing=run.pausing.is_set, warn=lambda sentence: control.say("warning", sentence=sentence),
+            )  # fmt: skip
             write_result(run.directory, work.run())
         except Cancelled:
             control.say("cancelled")
+        except Paused:
+            control.say("paused")
         except SilotuneError as error:
             control.say("failed", reason=without_content(error), hint=error.hint)
         except torch.OutOfMemoryError:
@@ -115,7 +128,8 @@ def main() -> None:
         except OSError as error:
             traceback.print_exc()
             reason = error.strerror or type(error).__name__
-            control.say("failed", reason=f"The trainer could not use its disk: {reason}.", hint="")
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            control.say("failed", reason=f"The trainer could not use its disk: {reason}.", hint="", full_disk=full)
         except Exception as error:
             # Its text may quote a sample, so only the kind leaves the site. What is warm may be half changed.
             traceback.print_exc()

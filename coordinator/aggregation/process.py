@@ -18,6 +18,7 @@ class AggregationProcess:
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
+        self._last_words = ""
 
     async def start(self) -> None:
         """Has the process ready before there is work for it; cheap when it is."""
@@ -33,24 +34,34 @@ class AggregationProcess:
             )
 
     async def carry_out(self, order: dict[str, Any]) -> dict[str, Any]:
-        """The worker's answer. RuntimeError, with its last line, when it fails or ends without one."""
+        """The worker's answer. RuntimeError, with its last line, when it fails, or ends twice without one."""
         async with self._turn:
-            await self.start()
-            process = self._process
-            assert process is not None and process.stdin is not None and process.stdout is not None
-            try:
-                process.stdin.write(json.dumps(order).encode() + b"\n")
-                await process.stdin.drain()
-                line = await process.stdout.readline()
-            except (ConnectionError, asyncio.CancelledError):
-                await self.stop()
-                raise
+            # A worker that was killed left nothing behind, so a fresh one does the same work at once.
+            line = await self._attempt(order) or await self._attempt(order)
             if not line:
-                raise RuntimeError(f"the aggregation process ended: {await self._last_words(process)}")
+                raise RuntimeError(f"the aggregation process ended: {self._last_words}")
             answer = json.loads(line)
             if "error" in answer:
                 raise RuntimeError(answer["error"])
             return answer
+
+    async def _attempt(self, order: dict[str, Any]) -> bytes:
+        """The worker's line; empty when it ended without one."""
+        await self.start()
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            await process.stdin.drain()
+            line = await process.stdout.readline()
+        except ConnectionError:
+            line = b""
+        except asyncio.CancelledError:
+            await self.stop()
+            raise
+        if not line:
+            self._last_words = await _last_words(process)
+        return line
 
     async def stop(self) -> None:
         process, self._process = self._process, None
@@ -58,8 +69,9 @@ class AggregationProcess:
             process.kill()
             await process.wait()
 
-    async def _last_words(self, process: asyncio.subprocess.Process) -> str:
-        assert process.stderr is not None
-        text = (await process.stderr.read())[-LAST_LINES_BYTES:].decode(errors="replace").strip()
-        status = await process.wait()
-        return text.splitlines()[-1] if text else f"status {status}"
+
+async def _last_words(process: asyncio.subprocess.Process) -> str:
+    assert process.stderr is not None
+    text = (await process.stderr.read())[-LAST_LINES_BYTES:].decode(errors="replace").strip()
+    status = await process.wait()
+    return text.splitlines()[-1] if text else f"status {status}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from coordinator.rounds.state import Contribution, Facts, Job, SiteFact, Update
+from coordinator.rounds.state import Contribution, Facts, Fate, Job, SiteFact, Update
 
 
 def eligible(job: Job, facts: Facts) -> list[SiteFact]:
@@ -33,29 +33,58 @@ def draw_order(sites: Sequence[SiteFact], *, seed: int, round_number: int) -> li
     return sorted(sites, key=place)
 
 
+def accepted(facts: Facts) -> set[str]:
+    """The sites whose update of the round in progress counts already: they do not train twice."""
+    return {update.site for update in facts.updates if update.fate is Fate.ACCEPTED}
+
+
+def patience_seconds(job: Job) -> float:
+    """How long a round waits for sites that are not connected, once a quorum of them is.
+
+    No longer than half of its time: what is left is for training.
+    """
+    return min(job.spec.cohort.gather_seconds, job.spec.cohort.round_deadline_seconds / 2)
+
+
+def given_up(job: Job, facts: Facts) -> set[str]:
+    """Sites that no round waits for any more: not connected now, and not counted in the round before.
+
+    They are drawn again as soon as they are connected when a round begins. Where only some are drawn, a site that was
+    not asked in the round before has not failed to answer.
+    """
+    if not facts.last_cohort:
+        return set()
+    asked = set(facts.last_cohort) if job.spec.cohort.size != "all" else {site.name for site in facts.sites}
+    away = {site.name for site in facts.sites if not site.connected}
+    return (asked & away) - facts.last_counted
+
+
+def unenrolled(job: Job, facts: Facts) -> list[str]:
+    """Names that the recipe wants and that are not here yet. Only the first round waits for them."""
+    rules = job.spec.cohort
+    if rules.sites == "all" or rules.size != "all" or facts.last_cohort:
+        return []
+    known = {site.name for site in facts.sites if not site.house} | set(facts.set_aside)
+    return sorted(set(rules.sites) - known)
+
+
 def draw(job: Job, facts: Facts, *, round_number: int, waited_seconds: float) -> tuple[str, ...] | None:
     """The cohort in name order, or None while the round should wait for sites to connect.
 
-    Waits for the sites that are wanted first; when `gather_seconds` have passed, takes who is connected, down to the
-    quorum.
+    Waits for the sites that are wanted first; when its patience is over, takes who is connected, down to the quorum. A
+    round that is tried again keeps what was accepted, and those sites are in its cohort wherever they are now.
     """
     rules = job.spec.cohort
     order = draw_order(eligible(job, facts), seed=job.spec.seed, round_number=round_number)
+    counted, gone = accepted(facts), given_up(job, facts)
     size = len(order) if rules.size == "all" else rules.size
-    missing_names = (
-        [name for name in rules.sites if name not in {site.name for site in order} and name not in facts.set_aside]
-        if rules.sites != "all"
-        else []
-    )
-    if len(order) < rules.quorum:
+    here = [site for site in order if site.connected or site.name in counted]
+    cohort = tuple(sorted({site.name for site in here[:size]} | counted))
+    first = [site for site in order if site in here or site.name not in gone][:size]
+    waits = any(site not in here for site in first) or unenrolled(job, facts)
+    if len(cohort) < rules.quorum or (waits and waited_seconds < patience_seconds(job)):
         return None
-    first = order[:size]
-    if all(site.connected for site in first) and not (missing_names and rules.size == "all"):
-        return tuple(sorted(site.name for site in first))
-    connected = [site for site in order if site.connected][:size]
-    if waited_seconds >= rules.gather_seconds and len(connected) >= rules.quorum:
-        return tuple(sorted(site.name for site in connected))
-    return None
+    return cohort
 
 
 def replacement(job: Job, facts: Facts, *, round_number: int, cohort: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from coordinator.rounds.cohort import eligible
@@ -48,16 +49,25 @@ def score(spec: JobSpec, evaluations: Sequence[Evaluation], *, version: int, hou
     rows = sum(evaluation.examples for evaluation in found)
     if not rows:
         return None
-    mean = sum(evaluation.metrics[spec.evaluation.metric] * evaluation.examples for evaluation in found) / rows
+    # Exact, so that the order in which a database gives the rows cannot decide which version is best.
+    mean = math.fsum(each.metrics[spec.evaluation.metric] * each.examples for each in found) / rows
     return -mean if spec.evaluation.lower_is_better else mean
 
 
+def _pending(facts: Facts) -> set[int]:
+    return {task.version for task in facts.tasks if task.split == VALIDATION and task.state.open}
+
+
+def unjudged(facts: Facts) -> tuple[int, ...]:
+    """Versions that were measured as far as they will be, and not compared with the best one yet."""
+    return tuple(sorted(facts.unjudged - _pending(facts)))
+
+
 def scores(job: Job, facts: Facts) -> dict[int, float]:
-    """The score of every version that has one and is no longer being measured."""
+    """The score of every version in the facts that has one and is no longer being measured."""
     house = house_agent(facts)
-    pending = {task.version for task in facts.tasks if task.split == VALIDATION and task.state.open}
     found: dict[int, float] = {}
-    for version in sorted({evaluation.version for evaluation in facts.evaluations} - pending):
+    for version in sorted({evaluation.version for evaluation in facts.evaluations} - _pending(facts)):
         value = score(job.spec, facts.evaluations, version=version, house=house)
         if value is not None:
             found[version] = value

@@ -7,6 +7,8 @@ a decision, never loses one. Every transition carries the sentence that explains
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coordinator.rounds import cohort as cohorts
 from coordinator.rounds import evaluation as evaluations
 from coordinator.rounds import sentences
@@ -14,13 +16,13 @@ from coordinator.rounds.state import (
     Aggregate,
     CommandState,
     Commit,
-    Contribution,
     EndTask,
     Facts,
     FailRound,
     Fate,
     Job,
     JobState,
+    Judged,
     OpenRound,
     Phase,
     QueueTask,
@@ -29,6 +31,7 @@ from coordinator.rounds.state import (
     SetBest,
     SetCohort,
     SetJobState,
+    SiteFact,
     Task,
     TaskKind,
     TaskState,
@@ -52,6 +55,10 @@ def step(job: Job, facts: Facts, now: float) -> Transition:
     if tidied:
         return tidied
     assert facts.round is not None
+    if facts.round.phase is Phase.FAILED:
+        number = facts.round.number
+        again = _open(job, number=number, attempt=1, now=now)
+        return Transition((again,), f"round {number} is tried again, because the operator resumed the job")
     if facts.round.phase is Phase.SELECTING:
         return _select(job, facts, facts.round, now)
     if facts.round.phase is Phase.COLLECTING:
@@ -83,10 +90,25 @@ def _tidy(job: Job, facts: Facts, now: float) -> Transition | None:
             reason = f"not evaluated within {sentences.duration(limit)}"
             end = EndTask(task.id, TaskState.EXPIRED, reason)
             return Transition((end,), f"version {task.version} was {reason} at {task.site}")
+    return _judge(job, facts)
+
+
+def _judge(job: Job, facts: Facts) -> Transition | None:
+    """Compares what was measured with the best version, once each: what lost is not looked at again."""
+    judged = evaluations.unjudged(facts)
     best = evaluations.best_version(job, facts)
+    mark = (Judged(judged),) if judged else ()
     if best is not None and best != job.best_version:
-        return Transition((SetBest(best),), f"version {best} is the best so far by {job.spec.evaluation.metric}")
-    return None
+        return Transition((SetBest(best), *mark), f"version {best} is the best so far by {job.spec.evaluation.metric}")
+    if not judged:
+        return None
+    which = ", ".join(str(version) for version in judged)
+    kept = f"no better than version {best} by {job.spec.evaluation.metric}" if best is not None else "not measured"
+    return Transition(mark, f"version {which} is {kept}")
+
+
+def _fail(job: Job, facts: Facts, reason: str, *ends: EndTask) -> Transition:
+    return Transition((*ends, FailRound(reason), SetJobState(JobState.FAILED)), sentences.failed(job, facts, reason))
 
 
 # --- SELECTING
@@ -95,50 +117,56 @@ def _tidy(job: Job, facts: Facts, now: float) -> Transition | None:
 def _select(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     if round_.number == 0:
         return _select_initialiser(job, facts, round_, now)
-    waited = now - round_.opened_at
-    cohort = cohorts.draw(job, facts, round_number=round_.number, waited_seconds=waited)
-    if cohort is not None:
-        # A round that is tried again keeps what was accepted: those sites do not train twice.
-        accepted = {update.site for update in facts.updates if update.fate is Fate.ACCEPTED}
-        cohort = tuple(sorted({*cohort, *accepted}))
-        # Every update still to come, the state of a server optimizer, and the new version must fit on the disk.
-        needed = (len(set(cohort) - accepted) + 3) * facts.model_bytes
-        if facts.spare_bytes is not None and needed > facts.spare_bytes and now <= round_.deadline_at:
-            return Transition((), sentences.waits_for_disk(facts, round_, needed, now))
-        assert job.head_version is not None
-        tasks = tuple(
-            QueueTask(TaskKind.TRAIN, round_.number, site, job.head_version) for site in cohort if site not in accepted
-        )
-        return Transition((SetCohort(cohort), *tasks), f"round {round_.number} begins with {', '.join(cohort)}")
-    if facts.set_aside and len(cohorts.possible(job, facts)) < job.spec.cohort.quorum:
+    if facts.set_aside and len(cohorts.possible(job, facts) | cohorts.accepted(facts)) < job.spec.cohort.quorum:
         # Nothing that may still happen by itself can fill this round.
-        reason = f"round {round_.number} cannot reach its quorum: {sentences.set_aside(facts)}"
-        return Transition((FailRound(reason), SetJobState(JobState.FAILED)), reason)
-    if now > round_.deadline_at:
-        return _below_quorum(job, facts, round_, now, why="too few sites are connected")
-    return Transition((), sentences.waits_for_sites(job, facts, round_, now))
+        return _fail(job, facts, f"round {round_.number} cannot reach its quorum: {sentences.set_aside(facts)}")
+    cohort = cohorts.draw(job, facts, round_number=round_.number, waited_seconds=now - round_.opened_at)
+    if cohort is None:
+        if now > round_.deadline_at:
+            return _below_quorum(job, facts, round_, now, why="too few sites are connected")
+        return Transition((), sentences.waits_for_sites(job, facts, round_, now))
+    to_train = [site for site in cohort if site not in cohorts.accepted(facts)]
+    # Every update still to come, the state of a server optimizer, and the new version must fit on the disk.
+    needed = (len(to_train) + 3) * facts.model_bytes
+    if facts.spare_bytes is not None and needed > facts.spare_bytes:
+        if now > round_.deadline_at:
+            why = f"the coordinator's disk has no room: {sentences.no_room(facts, needed)}"
+            return _below_quorum(job, facts, round_, now, why=why)
+        return Transition((), sentences.waits_for_disk(job, facts, round_, needed, now))
+    assert job.head_version is not None
+    tasks = tuple(QueueTask(TaskKind.TRAIN, round_.number, site, job.head_version) for site in to_train)
+    begins = sentences.begins(facts, round_, cohort, left_out=cohorts.eligible(job, facts))
+    return Transition((SetCohort(cohort), *tasks), begins)
 
 
 def _select_initialiser(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     """Version 0 is made by the house agent, else by the first site: the coordinator has no model code."""
-    tried = {task.site for task in facts.tasks if task.kind is TaskKind.INIT}
-    house = evaluations.house_agent(facts)
-    waited = now - round_.opened_at
-    order = [site for site in facts.sites if site.name == house] + cohorts.draw_order(
-        cohorts.eligible(job, facts), seed=job.spec.seed, round_number=0
-    )
-    left = [site for site in order if site.name not in tried]
-    if tried and not left:
-        reasons = "; ".join(f"{task.site}: {task.reason}" for task in facts.tasks if task.kind is TaskKind.INIT)
-        return Transition((FailRound(reasons), SetJobState(JobState.FAILED)), f"version 0 could not be made: {reasons}")
+    left = _may_initialise(job, facts)
+    if not left and _tried(facts):
+        reasons = sentences.outcomes([task for task in facts.tasks if task.kind is TaskKind.INIT])
+        return _fail(job, facts, f"version 0 could not be made: {reasons}")
+    patient = now - round_.opened_at < cohorts.patience_seconds(job)
     for position, site in enumerate(left):
-        if site.connected and (position == 0 or waited >= job.spec.cohort.gather_seconds):
+        if site.connected and (position == 0 or not patient):
             task = QueueTask(TaskKind.INIT, 0, site.name, 0)
             return Transition((SetCohort((site.name,)), task), f"{site.name} makes version 0")
     if now > round_.deadline_at:
-        reason = "no site that could make version 0 connected in time"
-        return Transition((FailRound(reason), SetJobState(JobState.FAILED)), reason)
+        return _fail(job, facts, "no site that could make version 0 connected in time")
     return Transition((), sentences.waits_for_initialiser(job, left, round_, now))
+
+
+def _tried(facts: Facts) -> set[str]:
+    """The sites that could not make version 0. When the operator resumes the job, their reasons are forgotten."""
+    return {task.site for task in facts.tasks if task.kind is TaskKind.INIT and (task.state.open or task.reason)}
+
+
+def _may_initialise(job: Job, facts: Facts) -> list[SiteFact]:
+    """Who may still make version 0, the house agent first."""
+    house = evaluations.house_agent(facts)
+    order = [site for site in facts.sites if site.name == house] + cohorts.draw_order(
+        cohorts.eligible(job, facts), seed=job.spec.seed, round_number=0
+    )
+    return [site for site in order if site.name not in _tried(facts)]
 
 
 # --- COLLECTING
@@ -149,9 +177,13 @@ def _collect(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     if round_.number == 0:
         return _collect_initial(job, facts, round_, tasks, now)
     for task in tasks:
-        if task.state is TaskState.FAILED and task.failures < MAX_FAILURES and task.site not in facts.set_aside:
-            again = QueueTask(task.kind, task.round, task.site, task.version)
+        again = QueueTask(task.kind, task.round, task.site, task.version)
+        may_try = task.site in round_.cohort and task.site not in facts.set_aside
+        if task.state is TaskState.FAILED and task.failures < MAX_FAILURES and may_try:
             return Transition((again,), f"{task.site} failed ({task.reason}) and gets round {round_.number} once more")
+        if task.state is TaskState.DECLINED and may_try:
+            # Who declines is set aside with it: the operator has readmitted the site since.
+            return Transition((again,), f"{task.site} was readmitted and gets round {round_.number} again")
         if task.state is TaskState.DECLINED and task.site in round_.cohort:
             substitute = cohorts.replacement(job, facts, round_number=round_.number, cohort=round_.cohort)
             if substitute:
@@ -165,7 +197,7 @@ def _collect(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     if waiting and now <= round_.deadline_at:
         stalled = all(now - task.last_progress_at > job.spec.cohort.stall_limit_seconds for task in waiting)
         if not (stalled and len(accepted) >= quorum):
-            return Transition((), sentences.waits_for_updates(job, facts, round_, waiting, accepted, now))
+            return Transition((), sentences.waits_for_updates(job, facts, round_, tasks, accepted, now))
     if len(accepted) < quorum:
         why = "the deadline passed" if waiting else sentences.outcomes(tasks)
         return _below_quorum(job, facts, round_, now, why=why)
@@ -181,26 +213,32 @@ def _collect(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
 def _collect_initial(job: Job, facts: Facts, round_: Round, tasks: list[Task], now: float) -> Transition:
     if facts.initial is not None:
         first = facts.initial
-        commit = Commit(0, first.digest, first.size, "", (first,))
-        return Transition(
-            (commit, *evaluations.measure(job, facts, version=0)), f"version 0 by {first.site} is the head"
-        )
+        measure = evaluations.measure(job, facts, version=0)
+        commit = Commit(0, first.digest, first.size, "", (first,), bool(measure))
+        return Transition((commit, *measure), f"version 0 by {first.site} is the head")
     current = [task for task in tasks if task.site in round_.cohort]
-    if any(task.state.open for task in current):
-        if now <= round_.deadline_at:
-            return Transition((), sentences.waits_for_updates(job, facts, round_, current, [], now))
-        late = tuple(EndTask(task.id, TaskState.EXPIRED, "the deadline passed") for task in current if task.state.open)
-        return Transition((*late, _open(job, number=0, attempt=round_.attempt + 1, now=now)), "version 0 took too long")
-    reasons = sentences.outcomes(current)
-    return Transition(
-        (_open(job, number=0, attempt=round_.attempt + 1, now=now),), f"version 0 was not made: {reasons}"
-    )
+    waiting = [task for task in current if task.state.open]
+    others = _may_initialise(job, facts)
+    again = _open(job, number=0, attempt=round_.attempt + 1, now=now)
+    if not waiting:
+        return Transition((again,), f"version 0 was not made: {sentences.outcomes(current)}")
+    # Nobody works on it, and somebody else could.
+    limit = job.spec.cohort.stall_limit_seconds
+    silent = all(task.state is TaskState.QUEUED and now - task.last_progress_at > limit for task in waiting)
+    if now <= round_.deadline_at and not (silent and any(site.connected for site in others)):
+        return Transition((), sentences.waits_for_version_0(facts, round_, waiting, others, now))
+    reason = f"nothing was heard of it for {sentences.duration(limit)}" if silent else "the deadline passed"
+    late = tuple(EndTask(task.id, TaskState.EXPIRED, reason) for task in waiting)
+    who = ", ".join(task.site for task in waiting)
+    return Transition((*late, again), f"version 0 was not made by {who}: {reason}")
 
 
 def _below_quorum(job: Job, facts: Facts, round_: Round, now: float, *, why: str) -> Transition:
     """Ends an attempt that cannot close; another one begins while the recipe has retries."""
-    accepted = sum(update.fate is Fate.ACCEPTED for update in facts.updates)
-    short = f"round {round_.number} has {accepted} of the {job.spec.cohort.quorum} updates it needs: {why}"
+    accepted, quorum = len(cohorts.accepted(facts)), job.spec.cohort.quorum
+    short = f"round {round_.number} has {accepted} of the {quorum} updates it needs: {why}"
+    if accepted >= quorum:
+        short = f"round {round_.number} could not go on: {why}"
     ends = tuple(
         EndTask(task.id, TaskState.EXPIRED, "this attempt of the round ended below its quorum")
         for task in facts.tasks
@@ -208,10 +246,9 @@ def _below_quorum(job: Job, facts: Facts, round_: Round, now: float, *, why: str
     )
     if round_.attempt <= job.spec.cohort.retries:
         again = _open(job, number=round_.number, attempt=round_.attempt + 1, now=now)
-        return Transition(
-            (*ends, again), f"{short}; attempt {round_.attempt + 1} of {job.spec.cohort.retries + 1} begins"
-        )
-    return Transition((*ends, FailRound(short), SetJobState(JobState.FAILED)), f"{short}; no attempts are left")
+        attempt = f"attempt {round_.attempt + 1} of {job.spec.cohort.retries + 1} begins"
+        return Transition((*ends, again), f"{short}; {attempt}")
+    return _fail(job, facts, f"{short}; no attempts are left", *ends)
 
 
 # --- AGGREGATING
@@ -222,40 +259,40 @@ def _aggregate(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     assert command is not None
     # As long again as the round had; a full disk may be cleared meanwhile.
     limit = round_.deadline_at + job.spec.cohort.round_deadline_seconds
-    given_up = f"given up in {sentences.duration(limit - now)}"
     if command.state is not CommandState.DONE and now > limit:
-        reason = f"round {round_.number} could not be aggregated: {command.error or 'it took too long'}"
-        return Transition((FailRound(reason), SetJobState(JobState.FAILED)), reason)
+        why = command.error or "it took too long"
+        return _fail(job, facts, f"round {round_.number} could not be aggregated: {why}")
     if command.state is CommandState.QUEUED:
-        count = len(command.contributions)
-        return Transition((), f"round {round_.number}: the coordinator aggregates {count} updates; {given_up}")
+        return Transition((), sentences.aggregates(round_, command, limit=limit, now=now))
     if command.state is CommandState.DONE:
         version = round_.number
-        commit = Commit(version, command.digest, command.size, command.optimizer_digest, command.contributions)
+        measure = evaluations.measure(job, facts, version=version)
+        commit = Commit(
+            version, command.digest, command.size, command.optimizer_digest, command.contributions, bool(measure)
+        )
         return Transition(
-            (commit, *evaluations.measure(job, facts, version=version)),
+            (commit, *measure),
             f"round {round_.number} is committed: version {version} from {len(command.contributions)} updates",
         )
     if command.corrupt_site:
-        return _without(job, facts, round_, command.contributions, command.corrupt_site, command.generation, now)
-    if now < command.queued_at + COMMAND_RETRY_SECONDS:
-        trouble = f"the coordinator could not aggregate and tries again: {command.error}"
-        return Transition((), f"round {round_.number}: {trouble}; {given_up}")
-    again = Aggregate(command.contributions, command.generation + 1)
+        return _without(job, facts, round_, command.corrupt_site, command.generation, now)
+    again_at = command.queued_at + COMMAND_RETRY_SECONDS
+    if now < again_at:
+        return Transition((), sentences.could_not_aggregate(round_, command, again_at=again_at, limit=limit, now=now))
+    again = Aggregate(command.contributions, command.generation + 1, last_error=command.error)
     return Transition((again,), f"round {round_.number} is aggregated again after: {command.error}")
 
 
-def _without(
-    job: Job, facts: Facts, round_: Round, used: tuple[Contribution, ...], site: str, generation: int, now: float
-) -> Transition:
+def _without(job: Job, facts: Facts, round_: Round, site: str, generation: int, now: float) -> Transition:
     """A stored update no longer matches its digest: it cannot count, the round goes on down to the quorum."""
     reject = RejectUpdate(site, "the stored update no longer matches its digest")
-    rest = [update for update in facts.updates if update.fate is Fate.ACCEPTED and update.site != site]
-    if len(rest) >= job.spec.cohort.quorum:
-        start = Aggregate(cohorts.contributions(job, rest), generation + 1)
+    rest = tuple(replace(update, fate=Fate.REJECTED) if update.site == site else update for update in facts.updates)
+    left = [update for update in rest if update.fate is Fate.ACCEPTED]
+    if len(left) >= job.spec.cohort.quorum:
+        start = Aggregate(cohorts.contributions(job, left), generation + 1)
         return Transition((reject, start), f"round {round_.number} goes on without {site}: {reject.reason}")
-    again = _open(job, number=round_.number, attempt=round_.attempt + 1, now=now)
-    return Transition((reject, again), f"round {round_.number} needs {site} to train again: {reject.reason}")
+    ended = _below_quorum(job, replace(facts, updates=rest), round_, now, why=f"{site}: {reject.reason}")
+    return replace(ended, effects=(reject, *ended.effects))
 
 
 # --- COMMITTED
@@ -268,7 +305,7 @@ def _after_commit(job: Job, facts: Facts, round_: Round, now: float) -> Transiti
         return Transition((opened,), f"round {round_.number + 1} opens")
     pending = [task for task in facts.tasks if task.kind is TaskKind.EVALUATE and task.state.open]
     if pending:
-        return Transition((), sentences.waits_for_evaluation(job, pending, now))
+        return Transition((), sentences.waits_for_evaluation(job, facts, pending, now))
     test = _final_test(job, facts)
     if test:
         return Transition((test,), f"version {test.version} goes to {test.site} for the one report on test data")
@@ -286,6 +323,5 @@ def _final_test(job: Job, facts: Facts) -> QueueTask | None:
         return None
     version = job.best_version if job.best_version is not None else job.head_version
     assert version is not None
-    done = any(found.split == evaluations.TEST for found in facts.evaluations)
     tried = any(task.split == evaluations.TEST for task in facts.tasks)
-    return None if done or tried else QueueTask(TaskKind.EVALUATE, version, house, version, evaluations.TEST)
+    return None if tried else QueueTask(TaskKind.EVALUATE, version, house, version, evaluations.TEST)

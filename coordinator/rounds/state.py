@@ -3,6 +3,7 @@
     Job     SUBMITTED -> RUNNING <-> PAUSED -> COMPLETED | FAILED | CANCELLED
     Round   SELECTING -> COLLECTING -> AGGREGATING -> COMMITTED | FAILED
             (a round that ends below its quorum goes back to SELECTING while it has retries; what was accepted stays)
+            (a FAILED round goes back to SELECTING when the operator resumes its job)
     Task    QUEUED -> LEASED -> RUNNING -> SUCCEEDED | FAILED | DECLINED | EXPIRED
             (a lease that runs out puts the task back to QUEUED; the next grant raises the generation)
 
@@ -30,6 +31,11 @@ class JobState(Enum):
     @property
     def ended(self) -> bool:
         return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
+
+    @property
+    def final(self) -> bool:
+        """Nothing goes on with it any more; a FAILED job may be resumed."""
+        return self in (JobState.COMPLETED, JobState.CANCELLED)
 
 
 class Phase(Enum):
@@ -169,6 +175,7 @@ class Command:
     digest: str = ""
     size: int = 0
     optimizer_digest: str = ""
+    # Why it failed; while it is QUEUED, why the try before failed.
     error: str = ""
     # The site whose stored update was found damaged.
     corrupt_site: str = ""
@@ -199,6 +206,12 @@ class Facts:
     # Size of the head version, and room for blobs at the coordinator; None: not known.
     model_bytes: int = 0
     spare_bytes: int | None = None
+    # Who was drawn for the round before, and whose update counted in it; empty before round 2.
+    last_cohort: tuple[str, ...] = ()
+    last_counted: frozenset[str] = frozenset()
+    # Measured versions that were not compared with the best one yet. `evaluations` holds theirs, those of the best
+    # version and, for early stopping, of those after it: a job may have thousands, and the others cannot matter.
+    unjudged: frozenset[int] = frozenset()
 
 
 # --- effects: what a step may decide, carried out together in one transaction
@@ -249,6 +262,8 @@ class RejectUpdate:
 class Aggregate:
     contributions: tuple[Contribution, ...]
     generation: int
+    # Why the try before this one failed.
+    last_error: str = ""
 
 
 @dataclass(frozen=True)
@@ -260,6 +275,8 @@ class Commit:
     size: int
     optimizer_digest: str
     contributions: tuple[Contribution, ...]
+    # Whether evaluations of it were queued, so that it is to be judged.
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -272,8 +289,25 @@ class SetBest:
     version: int
 
 
+@dataclass(frozen=True)
+class Judged:
+    """These versions were compared with the best one."""
+
+    versions: tuple[int, ...]
+
+
 Effect = (
-    SetJobState | OpenRound | SetCohort | QueueTask | EndTask | RejectUpdate | Aggregate | Commit | FailRound | SetBest
+    SetJobState
+    | OpenRound
+    | SetCohort
+    | QueueTask
+    | EndTask
+    | RejectUpdate
+    | Aggregate
+    | Commit
+    | FailRound
+    | SetBest
+    | Judged
 )
 
 

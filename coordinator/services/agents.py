@@ -93,7 +93,6 @@ class AgentService:
                 why = "The coordinator is restarting." if self._doorbell.closed else "No job needs this site now."
                 return pb.LeaseTaskResponse(sentence=why)
             await self._doorbell.wait(seconds=min(left, LOOK_SECONDS))
-            await caller.check()
 
     def _task(self, grant: Grant) -> pb.Task:
         task, spec = grant.task, jobspec.from_json(grant.spec_json)

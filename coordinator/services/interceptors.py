@@ -40,6 +40,8 @@ from protos.errors import (
 from protos.identity import INSECURE_IDENTITY_KEY, Identity, Role, parse_uri
 
 REGISTRY_CACHE_SECONDS = 1.0
+# How often a call that goes on is looked at again; with the cache a revoked site is out within two seconds.
+RECHECK_SECONDS = 0.5
 
 _SITES = frozenset({Role.SITE, Role.HOUSE})
 _OPERATOR = frozenset({Role.OPERATOR})
@@ -143,7 +145,8 @@ class Gate(grpc.aio.ServerInterceptor):
         await admitted.check()
         if admitted.identity.role not in ACCESS.get(method, frozenset()):
             raise Forbidden(f"A certificate of role {admitted.identity.role.value} may not call {method}.")
-        yield
+        async with _while_admitted(admitted):
+            yield
 
     async def check(self, certificate: _Certificate) -> None:
         identity = certificate.identity
@@ -190,6 +193,37 @@ class Admitted:
 
     async def check(self) -> None:
         await self.gate.check(self.certificate)
+
+
+@asynccontextmanager
+async def _while_admitted(admitted: Admitted) -> AsyncIterator[None]:
+    """Cuts the call off when its certificate expires or its site is revoked, wherever the call waits."""
+    call = asyncio.current_task()
+    assert call is not None
+    refused: list[Unauthenticated] = []
+
+    async def watch() -> None:
+        while not refused:
+            await asyncio.sleep(RECHECK_SECONDS)
+            try:
+                await admitted.check()
+            except Unauthenticated as error:
+                refused.append(error)
+                call.cancel()
+            except SilotuneError:
+                # The registry cannot be asked now, which is no reason to end what was let in.
+                continue
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not refused:
+            raise
+        call.uncancel()
+        raise refused[0] from None
+    finally:
+        watching.cancel()
 
 
 class RateLimit(grpc.aio.ServerInterceptor):

@@ -112,14 +112,14 @@ class OperatorService:
         if request.action not in pb.JobAction.values() or request.action == pb.JOB_ACTION_UNSPECIFIED:
             raise InvalidInput("The request does not say what to do with the job.")
         action = pb.JobAction.Name(request.action).removeprefix("JOB_ACTION_").lower()
-        found = await asyncio.to_thread(self._control, request.job, action)
+        found = await asyncio.to_thread(self._control, request.job, action, request.site)
         _log.info(f"a job was told to {action}", job=found.id, operator=caller.identity.name)
         self._wake_controller()
         return pb.ControlJobResponse(job=views.job(found))
 
-    def _control(self, job: str, action: str) -> JobRecord:
+    def _control(self, job: str, action: str, site: str) -> JobRecord:
         job_id = self._store.views.job(job).id
-        self._store.jobs.control(job_id, action=action, now_unix_seconds=time.time())
+        self._store.jobs.control(job_id, action=action, site=site, now_unix_seconds=time.time())
         return self._store.views.job(job_id)
 
     async def get_model(self, request: pb.GetModelRequest, _caller: Caller) -> pb.GetModelResponse:
@@ -167,7 +167,10 @@ class OperatorService:
 
     async def list_sites(self, _request: pb.ListSitesRequest, _caller: Caller) -> pb.ListSitesResponse:
         rows, now = await asyncio.to_thread(self._store.sites.all), time.time()
-        return pb.ListSitesResponse(sites=[views.site(row, now_unix_seconds=now) for row in rows])
+        paused = await asyncio.to_thread(self._store.views.paused_sites)
+        return pb.ListSitesResponse(
+            sites=[views.site(row, paused=row.name in paused, now_unix_seconds=now) for row in rows]
+        )
 
     async def revoke_site(self, request: pb.RevokeSiteRequest, caller: Caller) -> pb.RevokeSiteResponse:
         await asyncio.to_thread(self._store.sites.revoke, request.name)

@@ -12,10 +12,11 @@ from pathlib import Path
 from coordinator.aggregation.admission import check_update, read_layout
 from coordinator.rounds.state import Task, TaskKind
 from coordinator.storage.blobs import BlobStore
+from coordinator.storage.garbage import drop_damaged
 from coordinator.storage.store import Store
 from coordinator.storage.work import Result
 from protos.digests import check_digest
-from protos.errors import Conflict, InvalidInput, UpdateRejected
+from protos.errors import Conflict, CorruptData, InvalidInput, UpdateRejected
 from protos.jobspec import BaseModelRef
 from protos.metrics import METRICS, STAGE_SECONDS, check_numbers
 from protos.model_files import check_file_name
@@ -64,15 +65,21 @@ def check(succeeded: agent_pb2.Succeeded, *, task: Task, store: Store, blobs: Bl
     wanted += [(digest, size) for _, digest, size in result.files]
     known = store.uploads.known(task.site, [digest for digest, _ in wanted])
     for digest, size in wanted:
-        if digest not in known:
+        # Whatever became of a blob that was handed in, the site still has its bytes.
+        if digest not in known or blobs.size(digest) is None:
             raise Conflict(f"The blob {digest[:16]} has not been uploaded yet.", hint="Upload it, then report again.")
         if blobs.size(digest) != size:
             return f"The blob {digest[:16]} has another size than the {size} bytes that the report names."
+    expected = _expected(task, store=store, blobs=blobs) if result.digest else None
     try:
         if result.digest:
-            check_update(blobs.path(result.digest), expected=_expected(task, store=store, blobs=blobs))
+            with blobs.local(result.digest) as path:
+                check_update(path, expected=expected)
     except UpdateRejected as error:
         return str(error)
+    except CorruptData as error:
+        drop_damaged(store.database, blobs, result.digest)
+        raise Conflict(error.message, hint="Upload it again, then report again.") from error
     return result
 
 
@@ -132,7 +139,8 @@ def _check_examples(result: Result, *, site: str, data_set: str, store: Store) -
 def _expected(task: Task, *, store: Store, blobs: BlobStore) -> Layout | None:
     if task.kind is TaskKind.INIT:
         return None
-    return _layout_of(blobs.path(store.views.model(task.job_id, version=task.version).digest))
+    with blobs.local(store.views.model(task.job_id, version=task.version).digest) as path:
+        return _layout_of(path)
 
 
 @lru_cache(maxsize=4)

@@ -99,7 +99,6 @@ class TransferService:
                     frame = await ahead
                     end = min(readable.size, (offset // FRAME_BYTES + 1) * FRAME_BYTES)
                     ahead = self._frame_ahead(digest, offset=end, size=readable.size)
-                    await caller.check()
                     async with _stall_limit():
                         await send(frame)
                     traffic.add(end - offset)
@@ -133,7 +132,8 @@ class TransferService:
                 await self._in_disk(upload.seal)
             finally:
                 await self._in_disk(upload.close)
-        await asyncio.to_thread(self._store.uploads.add, owner, digest=blob.digest, size=blob.size)
+        add = partial(self._store.uploads.add, owner, digest=blob.digest, size=blob.size)
+        await asyncio.to_thread(add, sealed_size=self._blobs.size)
         await self._in_disk(self._blobs.forget_upload, owner, blob.digest)
         return pb.WriteResponse(committed_size=blob.size, sealed=True)
 
@@ -154,7 +154,6 @@ class TransferService:
             while message is not None:
                 await appender.add(message)
                 received += 1
-                await caller.check()
                 if received % LEASE_CHECK_FRAMES == 0:
                     await self._check_lease(target, caller)
                 message = await _next(messages)
@@ -169,7 +168,9 @@ class TransferService:
             raise InvalidInput("An evaluation has nothing to upload.")
 
     async def _uploaded(self, caller: Caller, digests: list[str]) -> set[str]:
-        return await asyncio.to_thread(self._store.uploads.known, caller.identity.name, digests)
+        known = await asyncio.to_thread(self._store.uploads.known, caller.identity.name, digests)
+        # A blob that was lost all the same is asked for again.
+        return {digest for digest in known if await self._in_disk(self._blobs.size, digest) is not None}
 
     def _frame_ahead(self, digest: str, *, offset: int, size: int) -> asyncio.Task[bytes] | None:
         return asyncio.create_task(self._cache.frame(digest, offset=offset)) if offset < size else None

@@ -87,7 +87,7 @@ def event(record: EventRecord) -> pb.EventView:
     return pb.EventView(id=record.id, unix_seconds=record.unix_seconds, round=record.round, sentence=record.sentence)
 
 
-def site(row: SiteRow, *, now_unix_seconds: float) -> pb.SiteView:
+def site(row: SiteRow, *, paused: bool, now_unix_seconds: float) -> pb.SiteView:
     return pb.SiteView(
         name=row.name,
         house=row.role is Role.HOUSE,
@@ -97,4 +97,5 @@ def site(row: SiteRow, *, now_unix_seconds: float) -> pb.SiteView:
         certificate_expires_unix_seconds=row.certificate_expires_unix_seconds,
         # An older or newer agent may have said more of itself than this coordinator knows.
         agent=ParseDict(dict(row.agent), agent_pb2.AgentInfo(), ignore_unknown_fields=True),
+        paused=paused,
     )

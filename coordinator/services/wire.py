@@ -33,9 +33,6 @@ class Caller(Protocol):
     @property
     def identity(self) -> Identity: ...
 
-    async def check(self) -> None:
-        """Unauthenticated as soon as the certificate has expired or the enrollment was revoked."""
-
 
 # Set by the gate for the duration of one call; None on the enrollment listener, where nobody is known yet.
 CALLER: ContextVar[Caller | None] = ContextVar("silotune_caller", default=None)

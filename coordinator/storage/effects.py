@@ -29,8 +29,15 @@ def carry_out(
             connection.execute(
                 update(tasks)
                 .where(tasks.c.job_id == job.id, tasks.c.state.in_(_OPEN))
-                .values(state=s.TaskState.EXPIRED.value, reason=f"the job has {effect.state.value.lower()}")
+                .values(state=s.TaskState.EXPIRED.value, reason=over(effect.state))
             )
+    elif isinstance(effect, s.Judged):
+        versions = schema.versions
+        connection.execute(
+            update(versions)
+            .where(versions.c.job_id == job.id, versions.c.version.in_(effect.versions))
+            .values(unjudged=False)
+        )
     elif isinstance(effect, s.SetBest):
         connection.execute(update(schema.jobs).where(schema.jobs.c.id == job.id).values(best_version=effect.version))
     elif isinstance(effect, s.SetCohort):
@@ -65,6 +72,11 @@ def carry_out(
     return number
 
 
+def over(state: s.JobState) -> str:
+    """The reason of tasks that end with their job."""
+    return f"the job has {state.value.lower()}"
+
+
 def note(connection: Connection, job_id: str, round_number: int, sentence: str, now_unix_seconds: float) -> None:
     """One more decision for the record."""
     connection.execute(
@@ -86,6 +98,7 @@ def _open(connection: Connection, job: s.Job, effect: s.OpenRound) -> None:
         "phase": s.Phase.SELECTING.value,
         "opened_at": job.service_seconds,
         "deadline_at": effect.deadline_at,
+        "ended_at": None,
         "cohort": [],
     }
     key = and_(schema.rounds.c.job_id == job.id, schema.rounds.c.number == effect.number)
@@ -119,8 +132,13 @@ def _queue(connection: Connection, job: s.Job, effect: s.QueueTask) -> None:
     tasks = schema.tasks
     identifier = task_id(job.id, effect)
     before = connection.execute(select(tasks).where(tasks.c.id == identifier)).first()
-    fresh = {"state": s.TaskState.QUEUED.value, "reason": "", "progress": {}}
-    start = {"queued_at": job.service_seconds, "last_progress_at": job.service_seconds}
+    fresh = {"state": s.TaskState.QUEUED.value, "reason": ""}
+    start = {
+        "queued_at": job.service_seconds,
+        "last_progress_at": job.service_seconds,
+        "lease_until": 0.0,
+        "progress": {},
+    }
     if before is None:
         connection.execute(
             insert(tasks).values(
@@ -137,7 +155,8 @@ def _queue(connection: Connection, job: s.Job, effect: s.QueueTask) -> None:
             )
         )
     elif before.state in _OPEN:
-        # The lease ran out: the generation is raised by the next grant, and silence goes on being counted.
+        # The lease ran out: the generation is raised by the next grant, and silence goes on being counted. What was
+        # told before it stays, for the sentence that says who is silent.
         connection.execute(update(tasks).where(tasks.c.id == identifier).values(**fresh))
     else:
         # A new try after an end: whoever held the old grant must not report it a second time.
@@ -156,6 +175,7 @@ def _command(connection: Connection, job: s.Job, number: int | None, effect: s.A
             state=s.CommandState.QUEUED.value,
             contributions=[asdict(part) for part in effect.contributions],
             queued_at=job.service_seconds,
+            error=effect.last_error,
         )
     )
 
@@ -170,6 +190,7 @@ def _commit(connection: Connection, job: s.Job, number: int | None, effect: s.Co
             optimizer_digest=effect.optimizer_digest,
             contributions=[asdict(part) for part in effect.contributions],
             committed_unix_seconds=now_unix_seconds,
+            unjudged=effect.measured,
         )
     )
     _round(connection, job, number, phase=s.Phase.COMMITTED.value, ended_at=job.service_seconds)

@@ -6,21 +6,20 @@ changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, case, func, insert, select, update
 
 from coordinator.rounds import state as s
+from coordinator.rounds.sentences import paused
 from coordinator.storage import schema
 from coordinator.storage.database import Database
-from coordinator.storage.effects import carry_out, note
-from coordinator.storage.sites import CONNECTED_SECONDS
-from coordinator.storage.work import task_of
+from coordinator.storage.effects import carry_out, note, over
+from coordinator.storage.facts import facts_of
 from protos import jobspec
-from protos.errors import Conflict
-from protos.identity import Role
+from protos.errors import Conflict, NotFound
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Jobs:
         """The job, everything a decision may depend on, and the revision that `apply` asks for."""
         with self._database.read() as connection:
             row = connection.execute(select(schema.jobs).where(schema.jobs.c.id == job_id)).one()
-            return _job(row), _facts(connection, row, now_unix_seconds), row.revision
+            return _job(row), facts_of(connection, row, now_unix_seconds), row.revision
 
     def apply(self, job: s.Job, transition: s.Transition, *, revision: int, now_unix_seconds: float) -> bool:
         """Writes a transition whole, or not at all (False) when the job or its driver changed since it was read."""
@@ -140,13 +139,6 @@ class Jobs:
             )
             return done.rowcount == 1
 
-    def forget_optimizer_state(self, digest: str) -> None:
-        versions = schema.versions
-        with self._database.write() as connection:
-            connection.execute(
-                update(versions).where(versions.c.optimizer_digest == digest).values(optimizer_digest="")
-            )
-
     # --- commands
 
     def previous(self, job_id: str, *, version: int) -> dict[str, Any]:
@@ -168,9 +160,11 @@ class Jobs:
         size: int,
         optimizer_digest: str,
         seconds: Mapping[str, float],
+        sealed_size: Callable[[str], int | None],
         driver_generation: int = 0,
     ) -> bool:
-        """False when the command is not the current one any more, or another replica drives the job."""
+        """False when the command is not the current one any more, another replica drives the job, or a blob that it
+        made was deleted before anything named it: then it is still queued."""
         return self._end_command(
             job_id,
             driver_generation=driver_generation,
@@ -181,6 +175,7 @@ class Jobs:
             size=size,
             optimizer_digest=optimizer_digest,
             seconds=dict(seconds),
+            holds=lambda: all(sealed_size(made) is not None for made in (digest, optimizer_digest) if made),
         )
 
     def fail_command(
@@ -199,12 +194,13 @@ class Jobs:
 
     def _end_command(
         self, job_id: str, *, driver_generation: int, round_number: int, generation: int, state: s.CommandState,
-        **values: Any,
+        holds: Callable[[], bool] = lambda: True, **values: Any,
     ) -> bool:  # fmt: skip
         commands, jobs = schema.commands, schema.jobs
         mine = select(jobs.c.id).where(jobs.c.id == job_id, jobs.c.driver_generation == driver_generation)
         with self._database.write() as connection:
-            if connection.execute(mine).first() is None:
+            # `holds` is asked in this transaction: what deletes blobs cannot run beside it (storage/garbage.py).
+            if connection.execute(mine).first() is None or not holds():
                 return False
             done = connection.execute(
                 update(commands)
@@ -240,39 +236,81 @@ class Jobs:
             note(connection, job_id, 0, f"job {spec.name} was submitted", now_unix_seconds)
         return job_id
 
-    def control(self, job_id: str, *, action: str, now_unix_seconds: float) -> None:
-        """`action`: pause, resume, cancel or readmit. Conflict when the job's state does not allow it."""
+    def control(self, job_id: str, *, action: str, site: str = "", now_unix_seconds: float) -> None:
+        """`action`: pause, resume, cancel or readmit; `site`: the one to readmit, all when empty.
+
+        Conflict when the job's state does not allow it; NotFound when the site is not set aside.
+        """
         jobs, tasks = schema.jobs, schema.tasks
         new, allowed, sentence = _ACTIONS[action]
         with self._database.write() as connection:
-            values: dict[str, Any] = {"revision": jobs.c.revision + 1, "sentence": sentence}
+            mine = jobs.c.id == job_id
+            before = s.JobState(connection.execute(select(jobs.c.state).where(mine)).scalar_one())
+            if before not in allowed:
+                raise Conflict(f"Job {job_id} is {before.value.lower()}: it cannot be told to {action}.")
+            values: dict[str, Any] = {"revision": jobs.c.revision + 1}
             if new is not None:
-                values["state"] = new.value
-            done = connection.execute(
-                update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_([st.value for st in allowed])).values(**values)
-            )
-            if done.rowcount != 1:
-                state = connection.execute(select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one()
-                raise Conflict(f"Job {job_id} is {state.lower()}: it cannot be told to {action}.")
+                values |= {"state": new.value, "sentence": paused(job_id) if action == "pause" else sentence}
+            connection.execute(update(jobs).where(mine).values(**values))
             if action == "cancel":
-                open_states = [st.value for st in s.TaskState if st.open]
                 connection.execute(
                     update(tasks)
-                    .where(tasks.c.job_id == job_id, tasks.c.state.in_(open_states))
+                    .where(tasks.c.job_id == job_id, schema.OPEN)
                     .values(state=s.TaskState.EXPIRED.value, reason=sentence)
                 )
+            if action == "resume" and before is s.JobState.FAILED:
+                _forgive(connection, job_id)
             if action == "readmit":
-                connection.execute(schema.standings.delete().where(schema.standings.c.job_id == job_id))
+                sentence = f"{_readmit(connection, job_id, site)} may take part again"
             note(connection, job_id, 0, sentence, now_unix_seconds)
 
 
 _RUNNING = (s.JobState.SUBMITTED, s.JobState.RUNNING)
+_UNDER_WAY = (*_RUNNING, s.JobState.PAUSED, s.JobState.FAILED)
 _ACTIONS: dict[str, tuple[s.JobState | None, tuple[s.JobState, ...], str]] = {
     "pause": (s.JobState.PAUSED, (s.JobState.RUNNING,), "paused by the operator"),
-    "resume": (s.JobState.RUNNING, (s.JobState.PAUSED,), "resumed by the operator"),
-    "cancel": (s.JobState.CANCELLED, (*_RUNNING, s.JobState.PAUSED), "cancelled by the operator"),
-    "readmit": (None, (*_RUNNING, s.JobState.PAUSED), "sites that were set aside may take part again"),
+    "resume": (s.JobState.RUNNING, (s.JobState.PAUSED, s.JobState.FAILED), "resumed by the operator"),
+    "cancel": (s.JobState.CANCELLED, _UNDER_WAY, "cancelled by the operator"),
+    "readmit": (None, _UNDER_WAY, ""),
 }
+
+
+def _readmit(connection: Connection, job_id: str, site: str) -> str:
+    """The names of the sites that are no longer set aside."""
+    standings = schema.standings
+    mine = and_(standings.c.job_id == job_id, standings.c.set_aside)
+    aside = sorted(connection.execute(select(standings.c.site).where(mine)).scalars())
+    if site and site not in aside:
+        hint = f"Set aside are: {', '.join(aside)}." if aside else "No site is set aside there."
+        raise NotFound(f"{site} is not set aside in job {job_id}.", hint=hint)
+    chosen = [site] if site else aside
+    connection.execute(standings.delete().where(standings.c.job_id == job_id, standings.c.site.in_(chosen)))
+    return ", ".join(chosen) or "all sites"
+
+
+def _forgive(connection: Connection, job_id: str) -> None:
+    """A failed job goes on: what ended its round no longer counts, and what it was measuring is measured."""
+    tasks, rounds, versions, jobs = schema.tasks, schema.rounds, schema.versions, schema.jobs
+    number = select(func.max(rounds.c.number)).where(rounds.c.job_id == job_id).scalar_subquery()
+    of_round = and_(tasks.c.job_id == job_id, tasks.c.round == number)
+    connection.execute(update(tasks).where(of_round).values(failures=0))
+    # Whoever has a reason has tried to make version 0: see rounds/machine.py.
+    connection.execute(update(tasks).where(of_round, tasks.c.kind == s.TaskKind.INIT.value).values(reason=""))
+    unjudged = select(versions.c.version).where(versions.c.job_id == job_id, versions.c.unjudged)
+    now = select(jobs.c.service_seconds).where(jobs.c.id == job_id).scalar_subquery()
+    connection.execute(
+        update(tasks)
+        .where(tasks.c.job_id == job_id, tasks.c.round.in_(unjudged))
+        .where(tasks.c.kind == s.TaskKind.EVALUATE.value, tasks.c.reason == over(s.JobState.FAILED))
+        .values(
+            state=s.TaskState.QUEUED.value,
+            reason="",
+            generation=tasks.c.generation + 1,
+            queued_at=now,
+            last_progress_at=now,
+            lease_until=0.0,
+        )
+    )
 
 
 def _job(row: Row[Any]) -> s.Job:
@@ -290,75 +328,3 @@ def _job(row: Row[Any]) -> s.Job:
 
 def _service_seconds(connection: Connection, job_id: str) -> float:
     return connection.execute(select(schema.jobs.c.service_seconds).where(schema.jobs.c.id == job_id)).scalar_one()
-
-
-def _facts(connection: Connection, job: Row[Any], now_unix_seconds: float) -> s.Facts:
-    rounds, tasks, updates = schema.rounds, schema.tasks, schema.updates
-    sites = tuple(
-        s.SiteFact(
-            row.name,
-            house=row.role == Role.HOUSE.value,
-            connected=now_unix_seconds - row.last_seen_unix_seconds <= CONNECTED_SECONDS,
-        )
-        for row in connection.execute(select(schema.sites).where(schema.sites.c.state == "ENROLLED"))
-    )
-    row = connection.execute(
-        select(rounds).where(rounds.c.job_id == job.id).order_by(rounds.c.number.desc()).limit(1)
-    ).first()
-    if row is None:
-        return s.Facts(sites=sites)
-    current = s.Round(row.number, row.attempt, s.Phase(row.phase), tuple(row.cohort), row.opened_at, row.deadline_at)
-    open_states = [state.value for state in s.TaskState if state.open]
-    relevant = or_(
-        and_(tasks.c.round == row.number, tasks.c.kind != s.TaskKind.EVALUATE.value),
-        and_(tasks.c.kind == s.TaskKind.EVALUATE.value, or_(tasks.c.state.in_(open_states), tasks.c.split == "test")),
-    )
-    task_rows = connection.execute(select(tasks).where(tasks.c.job_id == job.id, relevant).order_by(tasks.c.id)).all()
-    made = next((r for r in task_rows if r.kind == s.TaskKind.INIT.value and r.result.get("digest")), None)
-    command = connection.execute(
-        select(schema.commands).where(schema.commands.c.job_id == job.id, schema.commands.c.round == row.number)
-    ).first()
-    head = connection.execute(
-        select(schema.versions.c.size).where(
-            schema.versions.c.job_id == job.id, schema.versions.c.version == job.head_version
-        )
-    ).scalar()
-    return s.Facts(
-        model_bytes=head or 0,
-        sites=sites,
-        round=current,
-        tasks=tuple(task_of(r) for r in task_rows),
-        updates=tuple(
-            s.Update(r.site, s.Fate(r.fate), r.digest, r.size, r.examples, r.steps, r.reason)
-            for r in connection.execute(
-                select(updates).where(updates.c.job_id == job.id, updates.c.round == row.number)
-            )
-        ),
-        evaluations=tuple(
-            s.Evaluation(r.version, r.site, r.split, r.examples, r.metrics)
-            for r in connection.execute(select(schema.evaluations).where(schema.evaluations.c.job_id == job.id))
-        ),
-        command=None if command is None else _command(command),
-        set_aside={
-            r.site: r.reason
-            for r in connection.execute(
-                select(schema.standings).where(schema.standings.c.job_id == job.id, schema.standings.c.set_aside)
-            )
-        },
-        initial=s.Contribution(made.site, made.result["digest"], made.result["size"], 1.0) if made else None,
-    )
-
-
-def _command(row: Row[Any]) -> s.Command:
-    return s.Command(
-        round=row.round,
-        generation=row.generation,
-        state=s.CommandState(row.state),
-        contributions=tuple(s.Contribution(**part) for part in row.contributions),
-        queued_at=row.queued_at,
-        digest=row.digest,
-        size=row.size,
-        optimizer_digest=row.optimizer_digest,
-        error=row.error,
-        corrupt_site=row.corrupt_site,
-    )

@@ -19,7 +19,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    literal,
+    literal_column,
 )
 
 metadata = MetaData(
@@ -120,9 +120,10 @@ tasks = Table(
     Index("ix_tasks_site_state", "site", "state"),
     Index("ix_tasks_job_round", "job_id", "round"),
 )
-# What is not over is a handful of rows among millions.
-_OPEN = tasks.c.state.in_([literal("QUEUED"), literal("LEASED"), literal("RUNNING")])
-Index("ix_tasks_open", tasks.c.job_id, tasks.c.site, sqlite_where=_OPEN, postgresql_where=_OPEN)
+# What is not over is a handful of rows among millions. Spelled out, not bound: the index is used only for a condition
+# that is known to be its own.
+OPEN = tasks.c.state.in_([literal_column("'QUEUED'"), literal_column("'LEASED'"), literal_column("'RUNNING'")])
+open_tasks = Index("ix_tasks_open", tasks.c.job_id, tasks.c.site, sqlite_where=OPEN, postgresql_where=OPEN)
 
 # How a site stands in a job. Set aside: it is not drawn again until the operator readmits it.
 standings = Table(
@@ -181,6 +182,23 @@ versions = Table(
     Column("committed_unix_seconds", Float, nullable=False),
     # Its bytes were deleted, because the settings keep only so many versions; the record stays.
     Column("deleted", Boolean, nullable=False, default=False, server_default="0"),
+    # It is measured, and not compared with the best version yet. Of thousands of versions that is the last few.
+    Column("unjudged", Boolean, nullable=False, default=False, server_default="0"),
+)
+unjudged_versions = Index(
+    "ix_versions_unjudged",
+    versions.c.job_id,
+    sqlite_where=versions.c.unjudged,
+    postgresql_where=versions.c.unjudged,
+)
+
+# The record of a version holds the part of every site; which ones are kept must be known without reading them all.
+kept_versions = Index(
+    "ix_versions_kept",
+    versions.c.job_id,
+    versions.c.version,
+    sqlite_where=~versions.c.deleted,
+    postgresql_where=~versions.c.deleted,
 )
 
 files = Table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from sqlalchemy import and_, insert, select, update
@@ -10,6 +10,7 @@ from sqlalchemy import and_, insert, select, update
 from coordinator.rounds.state import TaskKind, TaskState
 from coordinator.storage import schema
 from coordinator.storage.database import Database
+from protos.errors import Unavailable
 from protos.identity import Identity, Role
 from protos.tensors import MAX_HEADER_BYTES
 
@@ -26,9 +27,15 @@ class Uploads:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, owner: str, *, digest: str, size: int) -> None:
-        """Notes that `owner` handed in a blob that is now sealed; a repeat is no error."""
+    def add(self, owner: str, *, digest: str, size: int, sealed_size: Callable[[str], int | None]) -> None:
+        """Notes that `owner` handed in a blob that is now sealed; a repeat is no error.
+
+        Unavailable when `sealed_size` does not know the blob: it was deleted before anything named it.
+        """
         with self._database.write() as connection:
+            # In this transaction: the one that deletes blobs cannot run beside it (storage/garbage.py).
+            if sealed_size(digest) != size:
+                raise Unavailable(f"The blob {digest[:16]} is not here any more.", hint="The upload begins anew.")
             known = connection.execute(select(schema.uploads).where(_upload(owner, digest))).first()
             if known is None:
                 connection.execute(insert(schema.uploads).values(owner=owner, digest=digest, size=size))
@@ -42,24 +49,14 @@ class Uploads:
             )
             return {row.digest for row in rows}
 
-    def forget(self, owner: str, *, digest: str) -> None:
-        with self._database.write() as connection:
-            connection.execute(schema.uploads.delete().where(_upload(owner, digest)))
-
-    def is_named(self, digest: str) -> bool:
-        """Whether any row still needs the blob."""
-        versions = schema.versions
-        places = (schema.uploads.c.digest, versions.c.digest, versions.c.optimizer_digest, schema.files.c.digest)
-        with self._database.read() as connection:
-            return any(connection.execute(select(place).where(place == digest).limit(1)).first() for place in places)
-
     def readable(self, identity: Identity, digest: str) -> Readable | None:
         """The blob's size, when this identity may read it now: sites what a live task names, the operator models."""
         tasks, versions, files = schema.tasks, schema.versions, schema.files
         with self._database.read() as connection:
             if identity.role is Role.OPERATOR:
-                for table in (versions, files):
-                    row = connection.execute(select(table.c.size).where(table.c.digest == digest)).first()
+                kept = select(versions.c.size).where(versions.c.digest == digest, ~versions.c.deleted)
+                for query in (kept, select(files.c.size).where(files.c.digest == digest)):
+                    row = connection.execute(query.limit(1)).first()
                     if row is not None:
                         return Readable(row.size, "")
                 return None

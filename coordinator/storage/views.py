@@ -167,6 +167,13 @@ class Views:
             ).all()
         return [task_of(row) for row in rows]
 
+    def paused_sites(self) -> set[str]:
+        """The sites at which a task is paused."""
+        tasks = schema.tasks
+        with self._database.read() as connection:
+            rows = connection.execute(select(tasks.c.site, tasks.c.progress).where(schema.OPEN)).all()
+        return {row.site for row in rows if row.progress.get("stage") == "PAUSED"}
+
     def evaluations(self, job_id: str, *, since_version: int = 0) -> list[s.Evaluation]:
         found = schema.evaluations
         with self._database.read() as connection:
@@ -204,6 +211,11 @@ class Views:
             ).first()
             if row is None:
                 raise NotFound(f"Job {job_id} has no version {chosen}; its head is version {job.head_version}.")
+            if row.deleted:
+                raise NotFound(
+                    f"Version {chosen} of job {job_id} was deleted: the newest versions and the best one are kept.",
+                    hint="`keep_versions` in section [storage] of coordinator.toml says how many are kept.",
+                )
             parts = connection.execute(select(files).where(files.c.job_id == job_id).order_by(files.c.name)).all()
         return ModelRecord(
             version=row.version,
@@ -212,40 +224,6 @@ class Views:
             contributions=tuple(s.Contribution(**part) for part in row.contributions),
             files=tuple((part.name, part.digest, part.size) for part in parts),
         )
-
-    def garbage(self) -> list[tuple[str, str]]:
-        """(owner, digest) of uploads that nothing needs: their round is over, and no version or file is them."""
-        uploads, updates, rounds = schema.uploads, schema.updates, schema.rounds
-        used = select(schema.versions.c.digest).union(select(schema.files.c.digest))
-        jobs = schema.jobs
-        pending = (
-            select(updates.c.digest)
-            .join(rounds, (rounds.c.job_id == updates.c.job_id) & (rounds.c.number == updates.c.round))
-            .join(jobs, jobs.c.id == updates.c.job_id)
-            .where(rounds.c.phase.not_in((s.Phase.COMMITTED.value, s.Phase.FAILED.value)))
-            .where(jobs.c.state.not_in([state.value for state in s.JobState if state.ended]))
-        )
-        over = select(updates.c.digest)
-        with self._database.read() as connection:
-            rows = connection.execute(
-                select(uploads.c.owner, uploads.c.digest).where(
-                    uploads.c.digest.in_(over), uploads.c.digest.not_in(used), uploads.c.digest.not_in(pending)
-                )
-            ).all()
-        return [(row.owner, row.digest) for row in rows]
-
-    def stale_optimizer_states(self) -> list[str]:
-        """Digests of server optimizer states that no round will go on from: all but the heads' of unfinished jobs."""
-        versions, jobs = schema.versions, schema.jobs
-        ended = [state.value for state in s.JobState if state.ended]
-        with self._database.read() as connection:
-            rows = connection.execute(
-                select(versions.c.optimizer_digest)
-                .join(jobs, jobs.c.id == versions.c.job_id)
-                .where(versions.c.optimizer_digest != "")
-                .where(or_(versions.c.version < jobs.c.head_version, jobs.c.state.in_(ended)))
-            )
-            return [row.optimizer_digest for row in rows]
 
     def _job(self, row: Any) -> JobRecord:
         spec = jobspec.from_json(row.spec)
@@ -266,7 +244,7 @@ class Views:
             id=row.id,
             spec=spec,
             state=s.JobState(row.state),
-            sentence=row.sentence,
+            sentence=self._sentence(row),
             round=number or 0,
             head_version=row.head_version,
             best_version=row.best_version,
@@ -274,6 +252,16 @@ class Views:
             service_seconds=row.service_seconds,
             eta_seconds=eta,
             created_unix_seconds=row.created_unix_seconds,
+        )
+
+    def _sentence(self, row: Any) -> str:
+        """What the job waits for. While nothing can be written that is the database, whatever was written before."""
+        trouble = self._database.trouble
+        if not trouble or s.JobState(row.state).ended:
+            return row.sentence
+        return (
+            f"nothing can be decided now: {trouble[0].lower()}{trouble[1:].rstrip('.')}; nothing is lost, and it goes "
+            f"on by itself when that is over. Before that: {row.sentence}"
         )
 
 

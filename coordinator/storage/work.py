@@ -1,7 +1,8 @@
 """What agents do to the store: take tasks, report, hand in results.
 
-Every write is one conditional statement on (state, generation); nothing is read first and written later. A grant of
-an older generation is fenced, and a repeat of a finished call gets the answer that the first one got.
+Each call looks and writes in one `write()`, where nobody else writes meanwhile (database.py): what it saw still holds
+when it writes. A grant of an older generation is fenced, and a repeat of a finished call gets the answer that the first
+one got.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Work:
                 return None
             connection.execute(
                 update(tasks)
-                .where(tasks.c.id == row.id, tasks.c.generation == row.generation)
+                .where(tasks.c.id == row.id)
                 .values(
                     state=TaskState.LEASED.value,
                     generation=row.generation + 1,
@@ -96,18 +97,22 @@ class Work:
         self, task_id: str, *, site: str, generation: int, progress: Mapping[str, Any], lease_seconds: float
     ) -> tuple[bool, str]:
         """(whether to go on, why not). LeaseFenced when a newer grant replaced this one; NotFound."""
-        tasks = schema.tasks
+        tasks, jobs = schema.tasks, schema.jobs
+        # Every busy agent does this every few seconds: two statements, and no more, under the lock.
+        mine = select(tasks, jobs.c.service_seconds).join(jobs, jobs.c.id == tasks.c.job_id)
         with self._database.write() as connection:
-            row = _own(connection, task_id, site=site)
+            row = connection.execute(mine.where(tasks.c.id == task_id, tasks.c.site == site)).first()
+            if row is None:
+                raise _unknown()
             if row.generation != generation:
                 raise _fenced(task_id)
             if row.state not in _HELD:
                 return False, row.reason or f"the task is {row.state.lower()}"
-            now = _service_seconds(connection, row.job_id)
+            now = row.service_seconds
             moved = _measure(progress) != _measure(row.progress)
             connection.execute(
                 update(tasks)
-                .where(tasks.c.id == task_id, tasks.c.generation == generation)
+                .where(tasks.c.id == task_id)
                 .values(
                     state=TaskState.RUNNING.value,
                     lease_until=now + lease_seconds,
@@ -251,16 +256,16 @@ def _own(connection: Connection, task_id: str, *, site: str) -> Row[Any]:
         select(schema.tasks).where(schema.tasks.c.id == task_id, schema.tasks.c.site == site)
     ).first()
     if row is None:
-        raise NotFound("There is no such task for this site.")
+        raise _unknown()
     return row
+
+
+def _unknown() -> NotFound:
+    return NotFound("There is no such task for this site.")
 
 
 def _fenced(task_id: str) -> LeaseFenced:
     return LeaseFenced(f"This lease of task {task_id} is no longer the current one.", hint="Ask for work again.")
-
-
-def _service_seconds(connection: Connection, job_id: str) -> float:
-    return connection.execute(select(schema.jobs.c.service_seconds).where(schema.jobs.c.id == job_id)).scalar_one()
 
 
 def _measure(progress: Mapping[str, Any]) -> tuple[object, ...]:

@@ -44,6 +44,31 @@ def round(*, payload_mb: float, sites: int, rounds: int, insecure_loopback: bool
     _show(Console(), figures)
 
 
+@bench.command()
+@click.option("--rounds", default=10_000, show_default=True, type=click.IntRange(1, 100_000))
+@click.option("--sites", default=200, show_default=True, type=click.IntRange(1, 900))
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+def history(*, rounds: int, sites: int, json_file: Path | None) -> None:
+    """A coordinator with a long history: seconds from its start until it is ready, and of each question.
+
+    Writes the rows of so many rounds into a fresh database and starts the real coordinator on them. The default takes
+    some minutes and 5 GB of disk below TMPDIR.
+    """
+    from deploy.bench.history import measure
+
+    figures = measure(rounds=rounds, sites=sites, say=Console(stderr=True).log)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(figures, indent=1))
+    console, what, start = Console(), figures["what"], figures["seconds_to_ready"]
+    size, peak = what["database_bytes"] / 1e9, figures["coordinator_peak_rss_bytes"] / 1e6
+    console.print(f"{what['rounds']} rounds x {what['sites']} sites: {size:.2f} GB of rows, coordinator {peak:.0f} MB")
+    console.print(f"Ready after {start['with_history']:.2f} s; without a history after {start['empty']:.2f} s")
+    for group in ("seconds_of_commands", "seconds_inside"):
+        for name, seconds in figures[group].items():
+            console.print(f"  {name:10} {seconds:8.3f} s")
+
+
 def _show(console: Console, figures: dict[str, Any]) -> None:
     what, steady = figures["what"], figures["steady"]
     table = Table(title=f"{what['payload_bytes'] / 1e6:.0f} MB x {what['sites']} sites, TLS {what['tls']}")

@@ -352,7 +352,7 @@ class ListSitesResponse(_message.Message):
     def __init__(self, sites: _Optional[_Iterable[_Union[SiteView, _Mapping]]] = ...) -> None: ...
 
 class SiteView(_message.Message):
-    __slots__ = ("name", "house", "state", "connected", "last_seen_unix_seconds", "certificate_expires_unix_seconds", "agent")
+    __slots__ = ("name", "house", "state", "connected", "last_seen_unix_seconds", "certificate_expires_unix_seconds", "agent", "paused")
     NAME_FIELD_NUMBER: _ClassVar[int]
     HOUSE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -360,6 +360,7 @@ class SiteView(_message.Message):
     LAST_SEEN_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_EXPIRES_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
     name: str
     house: bool
     state: str
@@ -367,7 +368,8 @@ class SiteView(_message.Message):
     last_seen_unix_seconds: float
     certificate_expires_unix_seconds: float
     agent: _agent_pb2.AgentInfo
-    def __init__(self, name: _Optional[str] = ..., house: _Optional[bool] = ..., state: _Optional[str] = ..., connected: _Optional[bool] = ..., last_seen_unix_seconds: _Optional[float] = ..., certificate_expires_unix_seconds: _Optional[float] = ..., agent: _Optional[_Union[_agent_pb2.AgentInfo, _Mapping]] = ...) -> None: ...
+    paused: bool
+    def __init__(self, name: _Optional[str] = ..., house: _Optional[bool] = ..., state: _Optional[str] = ..., connected: _Optional[bool] = ..., last_seen_unix_seconds: _Optional[float] = ..., certificate_expires_unix_seconds: _Optional[float] = ..., agent: _Optional[_Union[_agent_pb2.AgentInfo, _Mapping]] = ..., paused: _Optional[bool] = ...) -> None: ...
 
 class RevokeSiteRequest(_message.Message):
     __slots__ = ("name",)

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from coordinator.storage.store import Store
 from protos.identity import Role
+from tests.servers.postgres import Postgres, postgres
 
 NOW = 1_000_000.0
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """One PostgreSQL for all tests that do not kill it; its database `migrated` is what others are copied from."""
+    with postgres(tmp_path_factory.mktemp("postgres"), durable=False) as started:
+        Store.open(started.create("migrated")).close()
+        yield started
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """Makes an empty database and says where it is."""
+    if request.param == "sqlite":
+        return lambda: f"sqlite:///{tmp_path}/empty.db"
+    started = request.getfixturevalue("server")
+    return lambda: started.create("empty")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database for this test alone."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/coordinator.db"
+    started = request.getfixturevalue("server")
+    return started.create("test", template="migrated")
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store.open(f"sqlite:///{tmp_path}/coordinator.db")
-    yield opened
-    opened.close()
+def store(url: str) -> Iterator[Store]:
+    with closing(Store.open(url)) as opened:
+        yield opened
 
 
 def enroll(store: Store, name: str, role: Role = Role.SITE) -> None:

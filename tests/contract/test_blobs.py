@@ -1,29 +1,49 @@
-"""What every blob store promises, on each that there is."""
+"""What every blob store promises, on each that there is: files, and a bucket of an S3 server (tests/servers/s3.py)."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from coordinator.storage.blobs import BlobStore, FileBlobStore
+from coordinator.storage.blobs import BlobStore
+from coordinator.storage.bucket import Bucket
+from coordinator.storage.file_blobs import FileBlobStore
+from coordinator.storage.s3 import PART_BYTES, S3BlobStore
 from protos.digests import digest_of
-from protos.errors import Conflict, CorruptData, InvalidInput, NotFound, OutOfSpace, WrongOffset
+from protos.errors import Conflict, CorruptData, InvalidInput, NotFound, OutOfSpace, Unavailable, WrongOffset
+from tests.servers.s3 import S3Server, s3
 
 Reopen = Callable[..., BlobStore]
-CONTENT = os.urandom(300_000)
+# Not a single part of an upload to S3.
+CONTENT = os.urandom(PART_BYTES + 300_000)
 DIGEST = digest_of(CONTENT)
 
 
-@pytest.fixture(params=["files"])
-def reopen(tmp_path: Path) -> Reopen:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3(tmp_path_factory.mktemp("s3")) as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        started.bucket("silotune-contract")
+        yield started
+
+
+@pytest.fixture(params=["files", "s3"])
+def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Reopen:
     """Opens the same store as a new process would; nothing is carried over in memory."""
+    if request.param == "files":
+        return lambda *, reserve_bytes=0: FileBlobStore(tmp_path / "blobs", reserve_bytes=reserve_bytes)
+    url = request.getfixturevalue("server").url
+    # It holds connections and nothing else.
+    bucket = Bucket("silotune-contract", prefix=str(uuid.uuid4()), endpoint_url=url)
 
     def open_again(*, reserve_bytes: int = 0) -> BlobStore:
-        return FileBlobStore(tmp_path / "blobs", reserve_bytes=reserve_bytes)
+        return S3BlobStore(bucket, directory=tmp_path / "cache", reserve_bytes=reserve_bytes, cache_bytes=1 << 30)
 
     return open_again
 
@@ -49,7 +69,7 @@ def test_a_sealed_blob_is_read_from_any_offset(reopen: Reopen):
 
 
 def test_an_upload_goes_on_at_any_byte_after_its_writer_was_killed(reopen: Reopen):
-    for cut in (0, 1, 1000, 131_072, len(CONTENT) - 1, len(CONTENT)):
+    for cut in (0, 131_073, PART_BYTES, len(CONTENT)):
         content = bytes([cut % 251]) + CONTENT
         digest = digest_of(content)
         reopen().open_upload("st-olav", digest, size=len(content)).append(content[:cut], offset=0)
@@ -76,22 +96,6 @@ def test_a_writer_killed_between_seal_and_record_finds_its_upload_complete(reope
     store.forget_upload("st-olav", DIGEST)
     assert store.committed_size("st-olav", DIGEST) == 0
     assert store.size(DIGEST) == len(CONTENT)
-
-
-def test_a_kill_before_the_rename_keeps_every_byte(reopen: Reopen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    upload = reopen().open_upload("st-olav", DIGEST, size=len(CONTENT))
-    upload.append(CONTENT, offset=0)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", killed)
-        upload.seal()
-    store = reopen()
-    assert store.size(DIGEST) is None
-    assert store.committed_size("st-olav", DIGEST) == len(CONTENT)
-    store.open_upload("st-olav", DIGEST, size=len(CONTENT)).seal()
-    assert store.path(DIGEST).read_bytes() == CONTENT
 
 
 def test_an_append_anywhere_but_at_the_end_names_the_end(reopen: Reopen):
@@ -155,10 +159,10 @@ def test_many_writers_at_once_never_mix_their_bytes(reopen: Reopen):
             try:
                 upload = store.open_upload("st-olav", DIGEST, size=len(CONTENT))
                 while upload.offset < len(CONTENT):
-                    upload.append(CONTENT[upload.offset : upload.offset + 5000], offset=upload.offset)
+                    upload.append(CONTENT[upload.offset : upload.offset + 100_000], offset=upload.offset)
                 upload.seal()
                 sealed.append(True)
-            except (Conflict, WrongOffset):
+            except (Conflict, WrongOffset, Unavailable):
                 continue
 
     threads = [threading.Thread(target=write) for _ in range(4)]
@@ -257,3 +261,43 @@ def test_a_full_disk_stops_an_upload_and_what_was_written_counts(reopen: Reopen,
     assert again.offset == 1000
     again.append(CONTENT[1000:], offset=1000)
     again.seal()
+
+
+def test_what_is_kept_can_be_listed_and_dropped(reopen: Reopen):
+    store = reopen()
+    assert [*store.stored(), *store.unfinished()] == []
+    put(store, CONTENT)
+    store.open_upload("st-olav", digest_of(b"begun"), size=5).append(b"beg", offset=0)
+    sealed = store.open_upload("other", digest_of(b"sealed"), size=6)
+    sealed.append(b"sealed", offset=0)
+    sealed.seal()
+    again = reopen()
+    assert {(blob.digest, blob.size) for blob in again.stored()} == {(DIGEST, len(CONTENT)), (digest_of(b"sealed"), 6)}
+    kept = list(again.unfinished())
+    assert {(part.owner, part.digest) for part in kept} == {
+        ("st-olav", digest_of(b"begun")),
+        ("other", digest_of(b"sealed")),
+    }
+    # By another machine's clock it may even be in the future, but not by hours.
+    assert all(abs(each.age_seconds) < 3600 for each in (*kept, *again.stored()))
+    for part in kept:
+        again.drop_unfinished(part.owner, part.digest)
+        again.drop_unfinished(part.owner, part.digest)
+    assert list(again.unfinished()) == []
+    assert again.committed_size("st-olav", digest_of(b"begun")) == 0
+    assert again.size(digest_of(b"sealed")) == 6
+
+
+def test_a_store_says_which_one_it_is_and_that_it_works(reopen: Reopen):
+    store = reopen()
+    assert store.check() == ""
+    assert store.location == reopen().location != ""
+
+
+def test_a_local_copy_stays_while_it_is_used(reopen: Reopen):
+    store = reopen()
+    put(store, CONTENT)
+    with store.local(DIGEST) as path:
+        assert path.read_bytes() == CONTENT
+    with pytest.raises(NotFound), store.local(digest_of(b"none")):
+        pass

@@ -55,7 +55,7 @@ def test_a_coordinator_killed_between_updates_does_not_ask_for_accepted_ones_aga
     federation.nodes["charlie"].kill(signal.SIGCONT)
     assert three_sites.end(job)["job"]["state"] == "COMPLETED"
     for name in ("alfa", "bravo"):
-        assert federation.nodes[name].log.read_text().count("task=train") <= 2  # granted once, finished once
+        assert federation.nodes[name].log.read_text().count("The trainer begins.") == 1
 
 
 def test_a_round_closes_without_a_silent_site_and_says_whom_it_waited_for(tmp_path: Path) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from client_agent.settings import DataSet
-from client_agent.taskdir import TaskSpec, write_spec
+from client_agent.taskdir import TaskSpec, checkpoint_step, read_result, write_spec
 from deploy.local import LocalFederation
 from protos.jobspec import parse, task_seed
 from tests.federation.conftest import FAST, Jobs
@@ -43,6 +46,7 @@ name = "tiny-encoder"
 steps = {steps}
 batch_size = 16
 learning_rate = {rate}
+{checkpoints}
 
 [cohort]
 sites = {sites}
@@ -148,9 +152,13 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         yield Jobs(federation)
 
 
-def submit(jobs: Jobs, name: str, *, method: str, sites: list[str], rounds: int, steps: int, rate: float) -> str:
+def submit(
+    jobs: Jobs, name: str, *, method: str, sites: list[str], rounds: int, steps: int, rate: float, checkpoints: str = ""
+) -> str:
     path = jobs.federation.directory / f"{name}.toml"
-    fields = {"name": name, "method": method, "rounds": rounds, "steps": steps, "rate": rate}
+    fields = {
+        "name": name, "method": method, "rounds": rounds, "steps": steps, "rate": rate, "checkpoints": checkpoints,
+    }  # fmt: skip
     path.write_text(RECIPE.format(sites=json.dumps(sites), quorum=len(sites), **fields))
     return jobs.federation.silotune("job", "submit", str(path))["job_id"]
 
@@ -189,13 +197,41 @@ def test_it_learns_and_the_export_gives_the_reported_accuracy_without_silotune(
     assert correct / len(test) == pytest.approx(accuracy[best, "test"], abs=1e-9)
 
 
-def test_one_site_and_one_round_equal_local_training_bit_for_bit(hospital: Jobs, tmp_path: Path) -> None:
+def kill_trainer_in_mid_training(jobs: Jobs, site: str, directory: Path) -> int:
+    """The step of the checkpoint that the killed trainer leaves in `directory`, its task's."""
+    agent = jobs.federation.nodes[site]
+
+    def trainers() -> list[psutil.Process]:
+        return [child for child in psutil.Process(agent.pid).children() if "client_agent.tether" in child.cmdline()]
+
+    (trainer,) = jobs.federation.wait_for(trainers, seconds=60, saying="a trainer", poll_seconds=0.01)
+    # In short turns, so that it cannot have finished before it is looked at.
+    while not checkpoint_step(directory):
+        trainer.resume()
+        time.sleep(0.05)
+        trainer.suspend()
+    assert read_result(directory) is None
+    trainer.kill()
+    return checkpoint_step(directory)
+
+
+def test_one_site_and_one_round_equal_local_training_bit_for_bit_although_the_trainer_was_killed(
+    hospital: Jobs, tmp_path: Path
+) -> None:
     federation = hospital.federation
+    # A trainer that is warm since an earlier job is gone after this.
+    federation.nodes["parquet"].kill(signal.SIGKILL)
+    log = federation.start_agent("parquet", wait=False).log
+    before = log.read_text().count("The trainer begins.")
     job = submit(
-        hospital, "alone", method='type = "full"', sites=["parquet"], rounds=1, steps=7, rate=1e-3
+        hospital, "alone", method='type = "full"', sites=["parquet"], rounds=1, steps=60, rate=1e-3,
+        checkpoints="checkpoint_seconds = 0.000001",
     )  # fmt: skip
+    saved = kill_trainer_in_mid_training(hospital, "parquet", federation.home("parquet") / "tasks" / f"{job}-1-train")
     shown = hospital.end(job, seconds=120)
     assert shown["job"]["state"] == "COMPLETED", shown["job"]["sentence"]
+    begun = [line for line in log.read_text().splitlines() if "The trainer begins." in line][before:]
+    assert len(begun) == 2 and f"resumed_step={saved}" in begun[1], "no step before the checkpoint is repeated"
     spec = parse(shown["spec"])
     home = federation.home("parquet")
     fields = {

@@ -15,6 +15,7 @@ from tests.unit.client_agent.coordinator_in_memory import Coordinator
 async def coordinator() -> AsyncIterator[Coordinator]:
     async with Coordinator().serving() as running:
         yield running
+    assert running.without_deadline == []
 
 
 @pytest.fixture

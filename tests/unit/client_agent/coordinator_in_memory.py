@@ -6,6 +6,8 @@ import asyncio
 import base64
 import dataclasses
 import ipaddress
+import ssl
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -34,6 +36,8 @@ from protos.v1 import agent_pb2, transfer_pb2
 from protos.v1.manifest_pb2 import BlobRef
 
 SECRET = "one-time-secret"
+# In the certificate, and unknown to every DNS: only a proxy of the test can lead there.
+UNRESOLVABLE = "federation.invalid"
 
 
 class Authority:
@@ -50,9 +54,23 @@ class Authority:
 
     def server(self) -> tuple[bytes, bytes]:
         key = ec.generate_private_key(ec.SECP256R1())
-        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        names = [
+            x509.DNSName("localhost"),
+            x509.DNSName(UNRESOLVABLE),
+            x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+        ]
         leaf = self._build(_common_name("coordinator"), key.public_key(), days=30, names=names)
         return _private(key), leaf.public_bytes(serialization.Encoding.PEM)
+
+    def server_context(self) -> ssl.SSLContext:
+        """For a server that shows a certificate of this authority."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_alpn_protocols(["h2"])
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"".join(self.server()))
+            file.flush()
+            context.load_cert_chain(file.name)
+        return context
 
     def sign(self, csr: bytes, *, name: str, days: float = 30, age_days: float = 0) -> bytes:
         public = x509.load_pem_x509_csr(csr).public_key()
@@ -88,6 +106,8 @@ class Coordinator:
 
     def __init__(self) -> None:
         self.authority = Authority()
+        # Who signed the coordinator's own certificate.
+        self.server_authority = self.authority
         self.address = ""
         self.enrollment_address = ""
         self.tasks: list[agent_pb2.Task] = []
@@ -111,6 +131,8 @@ class Coordinator:
         self.enrolled_keys: set[bytes] = set()
         self.lose_enrollment_answers = 0
         self.certificate_days = 30.0
+        # Calls that came without a deadline; an agent never makes one.
+        self.without_deadline: list[str] = []
 
     def add_task(self, task: agent_pb2.Task, *, model: bytes | None = None) -> None:
         if model is not None:
@@ -222,9 +244,16 @@ class Coordinator:
 
     # --- the servers
 
+    def replica(self) -> Coordinator:
+        """Another coordinator with the same authority and the same work, blobs and uploads."""
+        other = Coordinator()
+        for name in ("authority", "server_authority", "tasks", "blobs", "leased", "uploads", "sealed"):
+            setattr(other, name, getattr(self, name))
+        return other
+
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Coordinator]:
-        key, certificate = self.authority.server()
+        key, certificate = self.server_authority.server()
         server = grpc.aio.server(options=SERVER_OPTIONS)
         agents = {
             "LeaseTask": (self.lease_task, agent_pb2.LeaseTaskRequest),
@@ -269,6 +298,7 @@ class Coordinator:
     def _unary(self, methods):
         def handler(method, request_class):
             async def handle(request, context):
+                self._check_deadline(type(request).__name__, context)
                 try:
                     if self.down:
                         raise Unavailable("The coordinator is being restarted.")
@@ -284,7 +314,12 @@ class Coordinator:
 
         return {name: handler(*parts) for name, parts in methods.items()}
 
+    def _check_deadline(self, name: str, context: grpc.aio.ServicerContext) -> None:
+        if context.time_remaining() is None:
+            self.without_deadline.append(name)
+
     async def _reading(self, message: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        self._check_deadline("Read", context)
         try:
             async for frame in self.read(message, context):
                 yield frame
@@ -292,6 +327,7 @@ class Coordinator:
             await _abort(context, error)
 
     async def _writing(self, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
+        self._check_deadline("Write", context)
         try:
             return await self.write(aiter(messages))
         except SilotuneError as error:

@@ -47,6 +47,27 @@ async def test_a_site_in_order_has_no_fault(home: Home) -> None:
     assert "base models: minilm" in found["policy"].sentence
 
 
+async def test_limits_and_hours_are_told(home: Home) -> None:
+    prepare(home)
+    plain = await findings(home)
+    assert plain["bandwidth"].sentence == "now sending without limit, receiving without limit"
+    assert plain["hours"].sentence == "the trainer may work now; its hours are not limited"
+    every_hour = "[[network.windows]]\nhours = '00:00-24:00'\ndownload_mbit = 20\n[schedule]\nhours = ['00:00-24:00']\n"
+    home.site_file.write_text(f"{SITE}\n[network]\nupload_mbit = 5\n{every_hour}")
+    limited = await findings(home)
+    rates = "now sending 5 Mbit/s, receiving 20 Mbit/s; other rates may hold at 00:00-24:00"
+    assert limited["bandwidth"].sentence == rates
+    assert limited["hours"].sentence == "the trainer may work now; its hours are 00:00-24:00"
+
+
+async def test_a_ca_bundle_that_is_missing_is_a_fault(home: Home) -> None:
+    prepare(home)
+    home.site_file.write_text(f'{SITE}\n[network]\nca_bundle = "none.pem"\n')
+    found = await findings(home)
+    assert not found["network"].ok
+    assert "none.pem" in found["network"].sentence
+
+
 async def test_a_fault_in_the_data_names_the_row(home: Home) -> None:
     prepare(home, rows="text,label\nfever,a\ncough\n")
     found = await findings(home)

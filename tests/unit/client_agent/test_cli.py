@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from client_agent import cli, first_site_file, identity, settings
+from client_agent.hold import Pause, PauseFile
 from client_agent.home import Home
 from client_agent.policy import Approvals
-from tests.unit.client_agent.coordinator_in_memory import Coordinator, changed_token
+from tests.servers.proxy import ConnectProxy
+from tests.unit.client_agent.coordinator_in_memory import Authority, Coordinator, changed_token
 from tests.unit.client_agent.work_to_do import model_bytes, spec
 
 
@@ -83,6 +86,39 @@ async def test_each_failure_of_enrollment_has_its_exit_code(
     assert result.exit_code == code, result.output
 
 
+async def test_the_way_that_enrollment_was_told_is_kept_in_the_site_file(
+    tmp_path: Path, coordinator: Coordinator
+) -> None:
+    (tmp_path / "hospital.pem").write_bytes(coordinator.authority.pem)
+    (tmp_path / "home").mkdir()
+    written = '[policy]\ntasks = ["*"]'
+    (tmp_path / "home" / "site.toml").write_text(written)
+    arguments = ["enroll", "--coordinator", f"{coordinator.address},localhost:1", "--token", token(coordinator)]
+    async with ConnectProxy().serving() as proxy:
+        proxy.names = {coordinator.enrollment_address: coordinator.enrollment_address}
+        told = ["--proxy", proxy.url, "--ca-bundle", str(tmp_path / "hospital.pem")]
+        result = await invoke_beside(*arguments, *told, home=tmp_path / "home")
+    assert result.exit_code == 0, result.output
+    assert proxy.tunnels == 1
+    assert (tmp_path / "home" / "site.toml").read_text().startswith(written)
+    network = settings.load(tmp_path / "home" / "site.toml").network
+    assert (network.proxy, network.ca_bundle) == (proxy.url, str(tmp_path / "hospital.pem"))
+    assert identity.load(tmp_path / "home" / "identity").addresses == (coordinator.address, "localhost:1")
+    again = await invoke_beside(*arguments, "--replace", "--proxy", "http://other:3128", home=tmp_path / "home")
+    assert (again.exit_code, "section with another proxy" in again.output) == (5, True)
+
+
+def test_a_proxy_that_is_no_url_is_refused_without_showing_it(tmp_path: Path) -> None:
+    secret = "https://me:secret@proxy:3128"
+    made = Authority().token("st-olav", address="localhost:1").encode()
+    result = invoke("enroll", "--coordinator", "localhost:1", "--token", made, "--proxy", secret, home=tmp_path)
+    assert result.exit_code == 3
+    assert "secret" not in result.output
+    (tmp_path / "site.toml").write_text(f'[network]\nproxy = "{secret}"\n')
+    result = invoke("enroll", "--coordinator", "localhost:1", "--token", made, home=tmp_path)
+    assert (result.exit_code, "network.proxy" in result.output, "secret" in result.output) == (3, True, False)
+
+
 def test_half_a_token_and_a_bad_address_are_told_apart(tmp_path: Path) -> None:
     result = invoke("enroll", "--coordinator", "localhost:9443", "--token", "silo1.abc", home=tmp_path)
     assert (result.exit_code, "not a join token" in result.output) == (3, True)
@@ -106,6 +142,21 @@ async def test_status_tells_who_this_is_and_that_nothing_runs(home: Home) -> Non
     result = invoke("status", "--format", "json", home=home)
     assert (result.exit_code, facts(result)["name"], facts(result)["running"]) == (0, "st-olav", False)
     assert "st-olav" in invoke("status", home=home).output
+
+
+async def test_a_pause_is_written_shown_and_ended(home: Home) -> None:
+    file = PauseFile(home.pause_file)
+    assert facts(invoke("pause", "--format", "json", home=home)) == {"paused": True, "until_unix_seconds": None}
+    assert "until `silotune-agent resume`" in facts(invoke("status", "--format", "json", home=home))["hold"]
+    before = time.time()
+    until = facts(invoke("pause", "--for", "2h", "--format", "json", home=home))["until_unix_seconds"]
+    assert before + 7200 <= until <= time.time() + 7200
+    assert file.read() == Pause(until)
+    assert "paused by its administrator until" in invoke("status", home=home).output
+    assert invoke("pause", "--for", "soon", home=home).exit_code == 3
+    assert facts(invoke("resume", "--format", "json", home=home)) == {"paused": False}
+    assert file.read() is None
+    assert facts(invoke("status", "--format", "json", home=home))["hold"] == ""
 
 
 def test_status_of_an_agent_that_is_not_enrolled_is_unauthenticated(tmp_path: Path) -> None:

@@ -38,6 +38,21 @@ def test_rows_are_counted_once_until_the_file_changes(tmp_path: Path, monkeypatc
     assert facts.count_rows(home, site) == {"answers": 3}
 
 
+def test_counts_that_the_disk_does_not_take_or_has_damaged_are_counted_anew(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    (tmp_path / "answers.csv").write_text("text,label\nfever,a\ncough,b\n")
+    site = SiteSettings(data={"answers": DataSet(path="answers.csv", validation=0.0)})
+    full = home.row_counts_file.with_suffix(".json.new")
+    full.symlink_to("/dev/full")
+    with capture_logs() as said:
+        assert facts.count_rows(home, site) == {"answers": 2}
+        assert facts.count_rows(home, site, before={"answers": 2}) == {"answers": 2}
+    assert [line["event"] for line in said] == ["The row counts cannot be kept on this disk."]
+    full.unlink()
+    home.row_counts_file.write_text('{"torn')
+    assert facts.count_rows(home, site) == {"answers": 2}
+
+
 def test_a_data_set_that_cannot_be_read_counts_as_empty(tmp_path: Path) -> None:
     site = SiteSettings(data={"answers": DataSet(path="missing.csv")})
     assert facts.count_rows(Home(tmp_path), site) == {"answers": 0}

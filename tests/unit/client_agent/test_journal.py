@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from client_agent.journal import Journal, Work, check_work, work_of
-from client_agent.taskdir import FILES, UPDATE, TaskResult, write_result
+from client_agent.taskdir import FILES, UPDATE, Checkpoint, TaskResult, checkpoint_step, write_checkpoint, write_result
 from protos.digests import digest_of
 from protos.errors import InvalidInput
 from tests.unit.client_agent.work_to_do import task
@@ -24,6 +24,28 @@ def finish(journal: Journal, work: Work, content: bytes = b"tensors") -> None:
     """What a trainer leaves."""
     (journal.path(work) / UPDATE).write_bytes(content)
     write_result(journal.path(work), TaskResult(examples=5))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\0\0\0", '{"work": {}}', '{"blobs": null}'])
+def test_a_journal_that_cannot_be_understood_begins_anew(journal: Journal, text: str) -> None:
+    journal.open(WORK, generation=1)
+    finish(journal, WORK)
+    (journal.path(WORK) / "journal.json").write_text(text)
+    assert journal.adopt(journal.open(WORK, generation=2)) is None
+
+
+def test_a_checkpoint_is_found_by_the_next_grant_and_goes_when_the_result_is_there(journal: Journal) -> None:
+    path = journal.path(WORK)
+    journal.restart(journal.open(WORK, generation=1))
+    write_checkpoint(path, Checkpoint("work", 3))
+    entry = journal.restart(journal.open(WORK, generation=2))
+    assert checkpoint_step(path) == 3
+    finish(journal, WORK)
+    journal.adopt(entry)
+    assert checkpoint_step(path) == 0
+    write_checkpoint(path, Checkpoint("work", 3))
+    journal.open(replace(WORK, seed=8), generation=3)
+    assert checkpoint_step(path) == 0, "other work does not even see it"
 
 
 def test_new_work_has_no_result(journal: Journal) -> None:

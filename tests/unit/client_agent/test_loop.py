@@ -2,16 +2,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from client_agent import identity, settings, stages
+from client_agent.hold import Pause, PauseFile
 from client_agent.home import Home
+from client_agent.journal import Journal, work_of
 from client_agent.main import Agent, compose
 from client_agent.policy import Approvals
+from client_agent.taskdir import Checkpoint, checkpoint_step, read_spec, write_checkpoint
 from protos.v1 import agent_pb2
 from tests.unit.client_agent.coordinator_in_memory import Coordinator
 from tests.unit.client_agent.work_to_do import model_bytes, spec, task
@@ -278,6 +286,106 @@ async def test_rows_that_are_added_are_told_with_the_next_request_for_work(
         await coordinator.until(lambda: told(2))
         file.write_text("text,label\nfever,a\ncough,b\nrash,a\n")
         await coordinator.until(lambda: told(3))
+
+
+def log_of(said: list[Any], event: str) -> list[Any]:
+    return [line for line in said if line["event"] == event]
+
+
+def shorten_the_rest(directory: Path, *, steps: int) -> None:
+    """Makes the checkpoint of a long synthetic training one of which almost all is done."""
+    work = read_spec(directory).work_digest()
+    write_checkpoint(directory, Checkpoint(work, steps - 1, {"seconds": 599.99}))
+
+
+LONG = spec(train_seconds=600, local={"steps": 600_000, "checkpoint_seconds": 0.2})
+
+
+async def test_a_killed_trainer_and_a_pause_cost_no_training_and_change_no_bit(
+    home: Home, coordinator: Coordinator
+) -> None:
+    coordinator.add_task(task(job=LONG), model=MODEL)
+    directory = home.tasks / "j1-1-train"
+    pause = PauseFile(home.pause_file)
+    with capture_logs() as said:
+        async with running(home) as agent:
+            await coordinator.until(lambda: checkpoint_step(directory))
+            assert agent.runner.pid is not None
+            os.kill(agent.runner.pid, signal.SIGKILL)
+            await coordinator.until(lambda: len(log_of(said, "The trainer begins.")) == 2)
+            pause.write(Pause(None))
+            await coordinator.until(lambda: agent_pb2.STAGE_PAUSED in stages_seen(coordinator))
+            assert agent.runner.pid is None, "the device's memory is given back"
+            assert "paused by its administrator" in agent.daemon.not_ready()
+            progress = coordinator.beats[-1].progress
+            assert (progress.unit, progress.total) == ("steps", 600_000) and progress.done > 0
+            shorten_the_rest(directory, steps=600_000)
+            pause.remove()
+            finish = await finish_of(coordinator)
+    assert finish.succeeded.steps == 600_000
+    assert finish.generation == 1 and len(coordinator.finished) == 1, "the coordinator was told of nothing"
+    resumed = [line["resumed_step"] for line in log_of(said, "The trainer begins.")]
+    assert 0 == resumed[0] < resumed[1] < resumed[2]
+    for event in ("A task was granted.", "The task is paused.", "The task goes on.", "The trainer has finished."):
+        (line,) = log_of(said, event)
+        assert (line["job"], line["round"], line["task"], line["generation"]) == ("j1", 1, "train", 1)
+    (sealed,), (sent,), (done,) = (
+        log_of(said, f"The {what}.") for what in ("result is sealed", "result was uploaded", "task succeeded")
+    )
+    assert sealed["digest"] == sent["digest"] == done["digest"] == finish.succeeded.manifest.blob.digest
+    assert sent["sent_bytes"] == sent["bytes"] == coordinator.bytes_written
+    # The noise follows from the task's seed alone, however long the training took.
+    coordinator.add_task(task(round=1, id="calm", job_id="j2"), model=MODEL)
+    async with running(home):
+        calm = await finish_of(coordinator, 1)
+    assert calm.succeeded.manifest.blob.digest == done["digest"]
+
+
+async def test_a_trainer_that_dies_without_getting_further_is_reported(home: Home, coordinator: Coordinator) -> None:
+    coordinator.add_task(task(job=spec(train_seconds=600)), model=MODEL)
+    async with running(home) as agent:
+        await coordinator.until(lambda: agent_pb2.STAGE_TRAINING in stages_seen(coordinator))
+        assert agent.runner.pid is not None
+        os.kill(agent.runner.pid, signal.SIGKILL)
+        finish = await finish_of(coordinator)
+    assert "killed by the system" in finish.failed.reason
+
+
+async def test_outside_its_hours_a_site_holds_its_task_and_stays_connected(
+    home: Home, coordinator: Coordinator
+) -> None:
+    begin = datetime.now() + timedelta(hours=12)
+    hours = f"{begin:%H:%M}-{begin + timedelta(minutes=1):%H:%M}"
+    home.site_file.write_text(f'[policy]\ntasks = ["*"]\n[schedule]\nhours = ["{hours}"]\n')
+    coordinator.add_task(task(), model=MODEL)
+    async with running(home) as agent:
+        await coordinator.until(lambda: agent_pb2.STAGE_PAUSED in stages_seen(coordinator))
+        assert f"outside this site's hours ({hours}) until" in agent.daemon.not_ready()
+        beats = len(coordinator.beats)
+        await coordinator.until(lambda: len(coordinator.beats) > beats + 1)
+        assert agent.runner.pid is None and agent.daemon._session.connected
+    assert coordinator.finished == []
+
+
+@pytest.mark.parametrize("file", ["update.safetensors", "journal.json.new", "spec.json.new"])
+async def test_a_full_disk_is_waited_for_and_the_task_goes_on_by_itself(
+    home: Home, coordinator: Coordinator, file: str
+) -> None:
+    granted = task()
+    coordinator.add_task(granted, model=MODEL)
+    journal = Journal(home.tasks)
+    journal.open(work_of(granted), generation=0)
+    # Whatever is written there meets "No space left on device".
+    obstacle = journal.path(work_of(granted)) / file
+    obstacle.symlink_to("/dev/full")
+    async with running(home) as agent:
+        await coordinator.until(lambda: "disk is full" in agent.daemon.not_ready())
+        assert coordinator.finished == []
+        obstacle.unlink()
+        finish = await finish_of(coordinator)
+        await coordinator.until(lambda: not agent.daemon.not_ready())
+        assert agent.metrics.registry.get_sample_value("silotune_disk_spare_bytes") > 0
+    assert finish.HasField("succeeded")
 
 
 def test_paths_do_not_leave_the_site(home: Home) -> None:

@@ -17,7 +17,7 @@ import psutil
 
 from client_agent import identity
 from client_agent.home import Home
-from client_agent.taskdir import RESULT
+from client_agent.taskdir import RESULT, checkpoint_step
 from protos.v1 import agent_pb2
 from tests.unit.client_agent.coordinator_in_memory import Coordinator
 from tests.unit.client_agent.work_to_do import model_bytes, spec, task
@@ -85,7 +85,7 @@ async def test_a_killed_agent_takes_its_trainer_with_it_and_trains_again(home: H
 
 
 async def test_sigterm_ends_agent_and_trainer_and_the_task_is_kept(home: Home, coordinator: Coordinator) -> None:
-    coordinator.add_task(task(job=spec(train_seconds=600)), model=MODEL)
+    coordinator.add_task(task(job=spec(train_seconds=600, local={"steps": 6_000_000})), model=MODEL)
     async with agent(home) as process:
         await training(coordinator)
         trainers = psutil.Process(process.pid).children()
@@ -93,8 +93,14 @@ async def test_sigterm_ends_agent_and_trainer_and_the_task_is_kept(home: Home, c
         async with asyncio.timeout(10):
             assert await process.wait() == 0
     assert not any(trainer.is_running() for trainer in trainers)
-    assert (home.tasks / "j1-1-train").is_dir()
     assert coordinator.finished == []
+    saved = checkpoint_step(home.tasks / "j1-1-train")
+    assert saved > 0
+    # The next agent goes on where this one stopped.
+    coordinator.beats.clear()
+    async with agent(home):
+        await training(coordinator)
+    assert all(beat.progress.done >= saved for beat in coordinator.beats if beat.progress.unit == "steps")
 
 
 async def test_metrics_health_and_readiness_are_served(home: Home, coordinator: Coordinator) -> None:
@@ -130,6 +136,7 @@ async def test_metrics_health_and_readiness_are_served(home: Home, coordinator: 
         "silotune_train_loss",
         "silotune_certificate_expiry_timestamp_seconds",
         "silotune_tasks_finished_total",
+        "silotune_disk_spare_bytes",
     }
 
 

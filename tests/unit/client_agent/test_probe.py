@@ -7,11 +7,12 @@ from pathlib import Path
 from client_agent.home import Home
 from client_agent.identity import CERTIFICATE, KEY, make_csr
 from client_agent.probe import Probe, probe
+from client_agent.route import Route
 from tests.unit.client_agent.coordinator_in_memory import Authority, Coordinator
 
 
 async def look(address: str, authority: Authority, own: tuple[Path, Path] | None = None) -> Probe:
-    return await asyncio.to_thread(probe, address, ca_pem=authority.pem, own=own)
+    return await asyncio.to_thread(probe, address, route=Route(authority.pem), own=own)
 
 
 async def test_a_reachable_coordinator_is_told_with_its_tls_version(home: Home, coordinator: Coordinator) -> None:

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from client_agent import runner as runner_module
-from client_agent.runner import Failure, Finished, Runner
-from client_agent.taskdir import TaskSpec, read_result, write_spec
+from client_agent.runner import Failure, Finished, Paused, Runner
+from client_agent.taskdir import CHECKPOINT, TaskSpec, read_result, write_spec
 from tests.unit.client_agent.work_to_do import model_bytes, spec
 
 
@@ -110,6 +110,40 @@ async def test_a_trainer_that_does_not_stop_is_killed(
     assert not psutil.pid_exists(pid)
 
 
+async def test_a_trainer_that_is_to_pause_saves_what_it_has_and_stays(runner: Runner, tmp_path: Path) -> None:
+    pausing = asyncio.Event()
+    directory = task(tmp_path / "a", train_seconds=600)
+    ended = await runner.run(directory, kind="synthetic", on_progress=lambda event: pausing.set(), pausing=pausing)
+    assert ended == Paused()
+    assert (directory / CHECKPOINT).exists() and read_result(directory) is None
+    # One that is to pause before it has begun does so too.
+    assert await runner.run(directory, kind="synthetic", on_progress=ignore, pausing=pausing) == Paused()
+    assert runner.pid is not None
+
+
+async def test_a_trainer_that_does_not_pause_is_killed(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "PAUSE_SECONDS", 0.2)
+    use_script(monkeypatch, tmp_path, "import time; time.sleep(600)")
+    pausing = asyncio.Event()
+    pausing.set()
+    assert await runner.run(tmp_path, kind="broken", on_progress=ignore, pausing=pausing) == Paused()
+    assert runner.pid is None
+
+
+async def test_at_the_daemons_end_the_trainer_saves_what_it_has(runner: Runner, tmp_path: Path) -> None:
+    started = asyncio.Event()
+    directory = task(tmp_path / "a", train_seconds=600)
+    running = asyncio.create_task(runner.run(directory, kind="synthetic", on_progress=lambda event: started.set()))
+    await started.wait()
+    runner.shut_down(within_seconds=30)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert (directory / CHECKPOINT).exists()
+
+
 async def test_a_killed_trainer_is_reported_as_out_of_memory_and_replaced(runner: Runner, tmp_path: Path) -> None:
     started = asyncio.Event()
     running = asyncio.create_task(
@@ -130,7 +164,9 @@ async def test_an_exception_is_reported_by_its_kind_and_its_text_stays_in_the_lo
     use_script(monkeypatch, tmp_path, "raise ValueError('patient Ola Nordmann has a cough')")
     ended = await runner.run(tmp_path, kind="broken", on_progress=ignore)
     assert ended == Failure(
-        "The trainer ended with ValueError (exit code 1).", hint="The site's log/trainer.log has the details."
+        "The trainer ended with ValueError (exit code 1).",
+        hint="The site's log/trainer.log has the details.",
+        died=True,
     )
     assert "Ola Nordmann" in (tmp_path / "log" / "trainer.log").read_text()
 

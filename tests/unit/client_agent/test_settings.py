@@ -20,6 +20,13 @@ def test_an_empty_file_allows_nothing_and_describes_nothing(tmp_path: Path) -> N
     assert site.http.address == "127.0.0.1:9481"
 
 
+def test_hours_are_checked_when_the_file_is_read(tmp_path: Path) -> None:
+    text = '[schedule]\nhours = ["Mon-Fri 19:00-06:00", "Sat-Sun 00:00-24:00"]'
+    assert load(tmp_path, text).schedule.hours == ("Mon-Fri 19:00-06:00", "Sat-Sun 00:00-24:00")
+    with pytest.raises(SiteConfigInvalid, match=r"schedule.hours.0: .*'at night' is not hours such as \"19:00-06:00\""):
+        load(tmp_path, '[schedule]\nhours = ["at night"]')
+
+
 def test_an_empty_policy_lists_nothing(tmp_path: Path) -> None:
     policy = load(tmp_path, "[policy]\n").policy
     assert policy is not None

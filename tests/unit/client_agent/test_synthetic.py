@@ -10,13 +10,25 @@ import numpy as np
 import pytest
 
 from client_agent import synthetic
-from client_agent.taskdir import RESULT, UPDATE, TaskSpec, read_result, write_spec
+from client_agent.taskdir import (
+    RESULT,
+    UPDATE,
+    Checkpoint,
+    TaskSpec,
+    checkpoint_step,
+    read_result,
+    read_spec,
+    write_checkpoint,
+    write_spec,
+)
 from protos.tensors import Layout, parse_header
 from tests.unit.client_agent.work_to_do import model_bytes, spec
 
 
-def run(directory: Path, *, model: bytes | None = None, kind: str = "train", **changes: Any) -> list[dict[str, Any]]:
-    """The events of the trainer, run as a process, for one task."""
+def run(
+    directory: Path, *, model: bytes | None = None, kind: str = "train", pause: bool = False, **changes: Any
+) -> list[dict[str, Any]]:
+    """The events of the trainer, run as a process, for one task; `pause` sends the command after the first."""
     model_path = directory / "model"
     if model is not None:
         model_path.write_bytes(model)
@@ -43,6 +55,8 @@ def run(directory: Path, *, model: bytes | None = None, kind: str = "train", **c
         print(json.dumps({"run": str(directory)}), file=process.stdin, flush=True)
         while not events or events[-1]["event"] == "progress":
             events.append(json.loads(process.stdout.readline()))
+            if pause and len(events) == 1:
+                print(json.dumps({"pause": True}), file=process.stdin, flush=True)
         process.stdin.close()
     assert process.returncode == 0
     return events
@@ -112,6 +126,32 @@ def test_a_bad_model_is_a_failure_with_a_reason_and_no_result(tmp_path: Path) ->
     assert events[-1]["event"] == "failed"
     assert "header" in events[-1]["reason"]
     assert not (tmp_path / RESULT).exists()
+
+
+def test_a_paused_training_goes_on_after_the_time_that_has_passed(tmp_path: Path) -> None:
+    long = spec(train_seconds=600).model_dump(mode="json")
+    long["local"]["steps"] = 600_000
+    assert run(tmp_path, model=model_bytes(), spec=long, pause=True)[-1] == {"event": "paused"}
+    reached = checkpoint_step(tmp_path)
+    assert 0 < reached < 600_000
+    events = run(tmp_path, model=model_bytes(), spec=long, pause=True)
+    assert events[-1] == {"event": "paused"}
+    assert reached == events[0]["done"] and checkpoint_step(tmp_path) > reached
+    # As if all but a moment of the training had passed.
+    nearly = Checkpoint(read_spec(tmp_path).work_digest(), 599_990, {"seconds": 599.99})
+    write_checkpoint(tmp_path, nearly)
+    events = run(tmp_path, model=model_bytes(), spec=long)
+    assert events[0]["done"] == 599_990 and events[-1] == {"event": "done"}
+    assert read_result(tmp_path).steps == 600_000
+    rough = (tmp_path / UPDATE).read_bytes()
+    run(tmp_path, model=model_bytes())
+    assert (tmp_path / UPDATE).read_bytes() == rough
+
+
+def test_checkpoints_are_saved_as_often_as_the_recipe_says(tmp_path: Path) -> None:
+    often = spec(train_seconds=1.2, local={"steps": 4, "checkpoint_seconds": 0.1}).model_dump(mode="json")
+    run(tmp_path, model=model_bytes(), spec=often)
+    assert checkpoint_step(tmp_path) > 0
 
 
 def test_the_end_of_input_ends_the_trainer_in_mid_task(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from client_agent import transfers
+from client_agent.bandwidth import SMALLEST_FRAME_BYTES, UNLIMITED, Pace
 from client_agent.home import Home
-from client_agent.identity import load
-from client_agent.session import open_channel
+from client_agent.session import Session, Waiting
 from client_agent.transfers import BlobCache
 from protos.digests import digest_of
-from protos.errors import CorruptData, LeaseFenced, NotFound, OutOfSpace, Unavailable
+from protos.errors import CorruptData, LeaseFenced, NotFound, Unavailable
 from protos.v1.manifest_pb2 import BlobRef
 from tests.unit.client_agent.coordinator_in_memory import Coordinator
 from tests.unit.client_agent.work_to_do import task
@@ -32,6 +32,7 @@ class Side:
         self.steps: list[tuple[int, int]] = []
         self.wire_bytes = 0
         self.generation = 1
+        self.pace = UNLIMITED
         coordinator.blobs[BLOB.digest] = DATA
         coordinator.tasks = [task()]
         coordinator.leased["train-1"] = 1
@@ -43,9 +44,10 @@ class Side:
         return await transfers.download(
             blob,
             cache=self.cache,
-            open_channel=lambda: open_channel(load(self.home.identity)),
+            open_channel=Session(self.home, waiting=Waiting()).open_channel,
             progress=lambda done, total: self.steps.append((done, total)),
             received=self.count,
+            pace=self.pace,
         )
 
     async def upload(self, path: Path, blob: BlobRef = BLOB) -> None:
@@ -54,9 +56,10 @@ class Side:
             blob,
             task_id="train-1",
             generation=self.generation,
-            open_channel=lambda: open_channel(load(self.home.identity)),
+            open_channel=Session(self.home, waiting=Waiting()).open_channel,
             progress=lambda done, total: self.steps.append((done, total)),
             sent=self.count,
+            pace=self.pace,
         )
 
 
@@ -151,6 +154,81 @@ async def test_a_cut_upload_goes_on_at_the_committed_offset(side: Side, coordina
     assert coordinator.bytes_written == len(DATA)
 
 
+class Told:
+    """A pace that a test looks at: what was counted, and the clock that its waits are measured by."""
+
+    def __init__(self, mbit: float) -> None:
+        self.counted: list[int] = []
+        self.pace = Pace(lambda: mbit, monotonic=self._clock)
+
+    def _clock(self) -> float:
+        # So fast a clock that nothing ever waits.
+        self.counted.append(0)
+        return 1e6 * len(self.counted)
+
+
+async def test_a_limit_sends_smaller_frames_and_arrives_whole(side: Side, coordinator: Coordinator, file: Path) -> None:
+    told = Told(0.5)
+    side.pace = told.pace
+    await side.upload(file)
+    assert coordinator.sealed[BLOB.digest] == DATA
+    # Every frame but the last asked how long to wait.
+    assert len(told.counted) == -(-len(DATA) // SMALLEST_FRAME_BYTES) - 1
+    assert (await side.download()).read_bytes() == DATA
+
+
+async def test_a_limit_holds_for_what_is_received(side: Side, coordinator: Coordinator) -> None:
+    told = Told(8)
+    side.pace = told.pace
+    await side.download()
+    assert len(told.counted) == len(DATA) // MIB
+
+
+async def test_a_slow_download_outlives_the_deadline_of_its_call(
+    side: Side, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "STREAM_TIMEOUT_SECONDS", 3.0)
+    serve = coordinator.read
+
+    async def slow(message, context):
+        async for frame in serve(message, context):
+            yield frame
+            if len(coordinator.reads) == 1 and coordinator.bytes_read >= MIB:
+                await coordinator.until(lambda: False)
+
+    monkeypatch.setattr(coordinator, "read", slow)
+    assert (await side.download()).read_bytes() == DATA
+    assert len(coordinator.reads) >= 2
+    assert coordinator.reads[1] > 0
+
+
+async def test_a_slow_upload_outlives_the_deadline_of_its_call(
+    side: Side, coordinator: Coordinator, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "STREAM_TIMEOUT_SECONDS", 3.0)
+    receive = coordinator.write
+    calls = 0
+
+    async def slow(messages):
+        nonlocal calls
+        calls += 1
+        first = calls == 1
+
+        async def passed_on():
+            async for message in messages:
+                yield message
+                if first and coordinator.bytes_written >= 2 * MIB:
+                    await coordinator.until(lambda: False)
+
+        return await receive(passed_on())
+
+    monkeypatch.setattr(coordinator, "write", slow)
+    await side.upload(file)
+    assert coordinator.sealed[BLOB.digest] == DATA
+    assert coordinator.bytes_written == len(DATA)
+    assert calls >= 2
+
+
 async def test_an_upload_under_a_fenced_lease_is_refused(side: Side, coordinator: Coordinator, file: Path) -> None:
     coordinator.leased["train-1"] = 2
     with pytest.raises(LeaseFenced):
@@ -181,11 +259,6 @@ async def test_a_transfer_that_stands_still_is_ended(
     monkeypatch.setattr(coordinator, "read", never)
     with pytest.raises(Unavailable, match="stood still"):
         await side.download()
-
-
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OutOfSpace, match="disk is full"), transfers._disk_errors(), open("/dev/full", "wb") as full:
-        full.write(b"x" * MIB)
 
 
 def test_pruning_keeps_what_is_needed_and_the_newest_few(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The operator's commands are tested against the contract, so what is imitated is 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -13,8 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import click
 import grpc
 import pytest
+from click.testing import CliRunner, Result
 
 from coordinator import ca
 from protos import frames
@@ -22,7 +25,7 @@ from protos.channel import SERVER_OPTIONS
 from protos.digests import digest_of
 from protos.errors import DETAILS_KEY, Conflict, NotFound, RecipeInvalid, SilotuneError, to_details
 from protos.identity import Identity, Role
-from protos.v1 import manifest_pb2, operator_pb2, operator_pb2_grpc, transfer_pb2
+from protos.v1 import agent_pb2, manifest_pb2, operator_pb2, operator_pb2_grpc, transfer_pb2
 
 
 @dataclass
@@ -43,8 +46,8 @@ class Door:
     on_frame: Callable[[bytes], bytes] | None = None
     # What ListJobs is refused with.
     trouble: SilotuneError | None = None
-    # Called with the action of each ControlJob.
-    on_control: Callable[[int], None] | None = None
+    # Called with each ControlJob.
+    on_control: Callable[[operator_pb2.ControlJobRequest], None] | None = None
     _server: grpc.Server | None = None
 
     @property
@@ -154,7 +157,7 @@ class Operators(operator_pb2_grpc.OperatorServiceServicer):
     def ControlJob(self, request: Any, context: Any) -> Any:
         job = self._job(request.job, context).job
         if self.door.on_control:
-            self.door.on_control(request.action)
+            self.door.on_control(request)
         if job.state == operator_pb2.JOB_STATE_COMPLETED:
             refuse(context, Conflict("Job j1 is COMPLETED."))
         job.state = {
@@ -197,3 +200,42 @@ def door(authority: ca.CertificateAuthority, tmp_path: Path) -> Iterator[Door]:
     opened.start()
     yield opened
     opened.stop()
+
+
+@pytest.fixture
+def silotune(door: Any):
+    """Runs one command against the door, with a profile of its own."""
+    profile = door.profile()
+
+    def run(group: click.Group, *arguments: str) -> Result:
+        return CliRunner().invoke(group, [*arguments, "--profile", profile])
+
+    return run
+
+
+def facts_of(result: Result) -> Any:
+    envelope = json.loads(result.stdout)
+    assert (envelope["status"], envelope["exit_code"]) == ("ok", 0), result.stdout
+    return envelope["data"]
+
+
+def add_job(door: Any, *, state: operator_pb2.JobState = operator_pb2.JOB_STATE_RUNNING) -> operator_pb2.GetJobResponse:
+    door.jobs["j1"] = operator_pb2.GetJobResponse(
+        job=operator_pb2.JobView(
+            id="j1", name="noise", state=state, sentence="round 1 waits for gard", round=1, rounds=2
+        ),
+        rounds=[
+            operator_pb2.RoundView(
+                number=1,
+                phase=operator_pb2.ROUND_PHASE_COLLECTING,
+                updates=[operator_pb2.UpdateView(site="ninds", fate=agent_pb2.FATE_REJECTED, reason="It has NaN.")],
+            )
+        ],
+        tasks=[
+            operator_pb2.TaskView(
+                site="gard", kind=agent_pb2.TASK_KIND_TRAIN, state=operator_pb2.TASK_STATE_QUEUED, round=1
+            )
+        ],
+        spec_json='{"name":"noise"}',
+    )
+    return door.jobs["j1"]

@@ -115,3 +115,39 @@ def test_a_token_carries_the_authority_and_a_secret_that_only_its_hash_is_kept_o
     assert (read.name, read.enrollment_address) == ("st-olav", "host:9444")
     assert read.secret_hash == digest_of(tokens[0].secret.encode())
     assert x509.load_der_x509_certificate(read.ca_der) == authority.certificate
+
+
+def own_pair(
+    directory: Path, *, now: datetime = NOW, days: float = 10, key: ec.EllipticCurvePrivateKey | None = None
+) -> tuple[Path, Path]:
+    """A server certificate of another CA, and a key, as files."""
+    mine = ca.new_key()
+    issued = ca.create(now=now).issue_server(mine, hosts=["fl.example.org"], valid_days=days, now=now)
+    (directory / "own.pem").write_bytes(issued.pem)
+    (directory / "own-key.pem").write_bytes(ca.key_pem(key or mine))
+    return directory / "own.pem", directory / "own-key.pem"
+
+
+def test_an_operators_own_certificate_is_taken_with_its_key(tmp_path: Path):
+    certificate, key = own_pair(tmp_path)
+    assert ca.operators_own(certificate, key, now=NOW) == (key.read_bytes(), certificate.read_bytes())
+
+
+def test_an_operators_own_certificate_with_another_key_is_refused(tmp_path: Path):
+    with pytest.raises(InvalidInput, match=r"The key in .*own-key.pem is not the one of the certificate in .*own.pem"):
+        ca.operators_own(*own_pair(tmp_path, key=ca.new_key()), now=NOW)
+
+
+@pytest.mark.parametrize("days_later", [-1, 11])
+def test_an_operators_own_certificate_that_is_not_valid_now_is_refused(tmp_path: Path, days_later: int):
+    with pytest.raises(InvalidInput, match="is valid from 2026-11-21 11:55 to 2026-12-01 12:00 UTC, and now it is"):
+        ca.operators_own(*own_pair(tmp_path), now=NOW + timedelta(days=days_later))
+
+
+def test_files_that_are_no_certificate_and_key_are_refused(tmp_path: Path):
+    certificate, key = own_pair(tmp_path)
+    key.write_text("junk")
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        ca.operators_own(certificate, key, now=NOW)
+    with pytest.raises(InvalidInput, match="No such file"):
+        ca.operators_own(tmp_path / "none.pem", key, now=NOW)

@@ -141,3 +141,27 @@ def test_a_recipe_is_left_as_it_is_to_the_letter(door: Any):
     door.jobs["j1"] = operator_pb2.GetJobResponse(spec_json='{"name":"a\u202eb"}')
     with OperatorClient(load_profile(door.profile())) as client:
         assert client.ask("GetJob", operator_pb2.GetJobRequest(job="j1")).spec_json == '{"name":"a\u202eb"}'
+
+
+def test_of_several_addresses_one_that_answers_is_enough_and_kept(door: Any):
+    directory = Path(door.profile())
+    (directory / "profile.toml").write_text(f'address = "localhost:1,{door.address}"\n')
+    blob = door.add_blob(b"x" * 10)
+    with OperatorClient(load_profile(str(directory))) as client:
+        assert not client.ask("ListJobs", LIST).jobs
+        assert [bytes(frame.data) for frame in client.read(blob.digest, offset=0)] == [b"x" * 10]
+    door.stop()
+    with OperatorClient(load_profile(str(directory))) as client, pytest.raises(Unavailable, match="nothing listens"):
+        client.ask("ListJobs", LIST)
+
+
+def test_a_coordinator_with_a_certificate_of_another_ca_needs_the_profiles_ca_bundle(door: Any):
+    directory = Path(door.profile())
+    (directory / "hospital.pem").write_bytes((directory / "ca.pem").read_bytes())
+    (directory / "ca.pem").write_bytes(ca.create(now=ca.utc_now()).pem)
+    with OperatorClient(load_profile(str(directory))) as client, pytest.raises(Unavailable) as caught:
+        client.ask("ListJobs", LIST)
+    assert "name a file with that CA as ca_bundle" in caught.value.hint
+    (directory / "profile.toml").write_text(f'address = "{door.address}"\nca_bundle = "hospital.pem"\n')
+    with OperatorClient(load_profile(str(directory))) as client:
+        assert not client.ask("ListJobs", LIST).jobs

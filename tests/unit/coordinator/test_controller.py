@@ -13,7 +13,7 @@ import numpy as np
 from coordinator.controller import Controller
 from coordinator.rounds import state as s
 from coordinator.rounds.machine import step
-from coordinator.storage.blobs import FileBlobStore
+from coordinator.storage.file_blobs import FileBlobStore
 from coordinator.storage.store import Store
 from coordinator.storage.work import Result
 from protos import jobspec, tensors
@@ -58,7 +58,7 @@ class Bench:
         path = self.directory / f"from-{site}"
         path.write_bytes(content)
         digest, size = self.blobs.adopt(path)
-        self.store.uploads.add(site, digest=digest, size=size)
+        self.store.uploads.add(site, digest=digest, size=size, sealed_size=self.blobs.size)
         result = Result(digest=digest, size=size, examples=10, steps=1)
         self.store.work.finish(grant.task.id, site=site, generation=grant.task.generation, result=result)
         return True

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_jobs_and_sites_are_shown_as_they_stand_in_the_store(store: Store):
     assert found["silotune_disk_spare_bytes", ()] == 77
 
 
+def test_without_its_database_a_scrape_still_answers_and_invents_nothing(tmp_path: Path):
+    (tmp_path / "lost").mkdir()
+    store = Store.open(f"sqlite:///{tmp_path}/lost/c.db")
+    add_site(store, "here", seen=NOW)
+    assert scrape(store)["silotune_store_up", ()] == 1
+    store.close()
+    shutil.rmtree(tmp_path / "lost")
+    found = scrape(store)
+    assert found["silotune_store_up", ()] == 0
+    assert found["silotune_disk_spare_bytes", ()] == 77
+    assert found["silotune_certificate_expiry_timestamp_seconds", (("holder", "coordinator"),)] == 123
+    assert not [name for name, _ in found if name.startswith(("silotune_job", "silotune_site"))]
+
+
 def test_revoked_sites_and_long_ended_jobs_leave_the_labels(store: Store):
     add_site(store, "gone", seen=NOW)
     store.sites.revoke("gone")
@@ -98,9 +113,15 @@ async def test_readiness_follows_its_checks_and_goes_first_at_shutdown(store: St
             response = await client.get("/readyz")
             return response.status, " ".join((await response.json())["reasons"])
 
+        async def gauge() -> str:
+            text = await (await client.get("/metrics")).text()
+            return next(line for line in text.splitlines() if line.startswith("silotune_ready "))
+
         assert await ready() == (200, "")
+        assert await gauge() == "silotune_ready 1.0"
         spare[0] = -5
         assert await ready() == (503, "the disk lacks 5 bytes of its reserve")
+        assert await gauge() == "silotune_ready 0.0"
         spare[0] = 0
         assert await ready() == (200, "")
         readiness.draining = True

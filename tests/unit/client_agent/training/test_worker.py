@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from client_agent.taskdir import UPDATE, read_result
+from client_agent.taskdir import UPDATE, checkpoint_step, read_result
 from client_agent.training.tasks import Warm
 from tests.unit.client_agent.training.conftest import Site
 
@@ -118,6 +120,51 @@ def test_a_cancelled_task_stops_at_the_next_step_and_the_worker_goes_on(site: Si
     # The end of input ends the process, also in mid-task.
     worker.send(run=str(site.write("again", site.task("train", recipe=endless, model=init / UPDATE))))
     assert worker.close()[0] == 0
+
+
+def test_a_paused_training_answers_and_goes_on_when_it_is_run_again(site: Site, worker: Worker) -> None:
+    recipe = site.recipe()
+    init = site.write("init", site.task("init", recipe=recipe))
+    worker.run(init)
+    endless = site.recipe(local={"steps": 10_000_000, "batch_size": 8})
+    long = site.write("long", site.task("train", recipe=endless, model=init / UPDATE))
+    reached = 0
+    for _ in range(2):
+        worker.send(run=str(long))
+        steps = []
+        for event in worker.events():
+            if event.get("stage") == "training":
+                steps.append(event["done"])
+                worker.send(pause=True)
+        assert event == {"event": "paused"}
+        assert steps[0] == reached < checkpoint_step(long)
+        reached = checkpoint_step(long)
+
+
+def test_a_killed_trainer_goes_on_from_its_checkpoint_with_the_same_bits(site: Site, worker: Worker) -> None:
+    recipe = site.recipe(local={"steps": 60, "batch_size": 8, "checkpoint_seconds": 1e-6})
+    init = site.write("init", site.task("init", recipe=recipe))
+    worker.run(init)
+    task = site.task("train", recipe=recipe, model=init / UPDATE)
+    rough = site.write("rough", task)
+    worker.send(run=str(rough))
+    # In short turns, so that it cannot have finished before it is looked at.
+    while not checkpoint_step(rough):
+        worker.process.send_signal(signal.SIGCONT)
+        time.sleep(0.02)
+        worker.process.send_signal(signal.SIGSTOP)
+    worker.process.kill()
+    assert read_result(rough) is None
+    saved = checkpoint_step(rough)
+    second = Worker()
+    try:
+        events = second.run(rough)
+    finally:
+        second.close()
+    assert events[-1] == {"event": "done"}
+    assert next(event["done"] for event in events if event.get("stage") == "training") == saved > 0
+    calm, _ = site.run("calm", task, warm=Warm())
+    assert (rough / UPDATE).read_bytes() == (calm / UPDATE).read_bytes()
 
 
 def test_an_unexpected_error_names_only_its_kind(site: Site, worker: Worker) -> None:

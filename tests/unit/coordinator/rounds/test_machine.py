@@ -9,45 +9,7 @@ import pytest
 from coordinator.rounds import state as s
 from coordinator.rounds.machine import step
 from protos import jobspec
-
-
-def spec(**changes) -> jobspec.JobSpec:
-    fields = {
-        "name": "study",
-        "task": {"type": "synthetic"},
-        "local": {"steps": 1},
-        "rounds": 3,
-        "cohort": {"quorum": 2, "round_deadline_seconds": 100, "stall_limit_seconds": 30, "gather_seconds": 10},
-        "evaluation": {"where": []},
-    }
-    return jobspec.parse({**fields, **changes})
-
-
-def job(recipe: jobspec.JobSpec | None = None, **changes) -> s.Job:
-    plain = s.Job("j", recipe or spec(), s.JobState.RUNNING, head_version=0, best_version=None, service_seconds=0.0)
-    return replace(plain, **changes)
-
-
-def sites(*names: str, away: tuple[str, ...] = (), house: str = "") -> tuple[s.SiteFact, ...]:
-    found = [s.SiteFact(name, house=False, connected=name not in away) for name in names]
-    return tuple(found + ([s.SiteFact(house, house=True, connected=True)] if house else []))
-
-
-def round_(number: int = 1, phase: s.Phase = s.Phase.COLLECTING, cohort=("a", "b", "c"), **changes) -> s.Round:
-    return replace(s.Round(number, 1, phase, cohort, opened_at=0.0, deadline_at=100.0), **changes)
-
-
-def train(site: str, state: s.TaskState, **changes) -> s.Task:
-    task = s.Task(f"j.1.train.{site}", "j", 1, s.TaskKind.TRAIN, site, 0, state=state, lease_until=1e9)
-    return replace(task, **changes)
-
-
-def update(site: str, fate: s.Fate = s.Fate.ACCEPTED, examples: int = 10) -> s.Update:
-    return s.Update(site, fate, digest=site * 64, size=8, examples=examples, steps=5)
-
-
-def of(transition: s.Transition, kind: type) -> list:
-    return [effect for effect in transition.effects if isinstance(effect, kind)]
+from tests.unit.coordinator.rounds.conftest import aggregating, job, of, round_, sites, spec, train, update
 
 
 def test_a_submitted_job_begins_with_round_0() -> None:
@@ -143,7 +105,7 @@ def test_a_round_waits_for_updates_and_names_who_does_what_until_when() -> None:
     assert not done.effects
     assert done.sentence == (
         "round 1 waits for 2 of 3 updates: b training 61 %, c is not connected; "
-        "ends in 60 s, and needs 1 more for its quorum of 2"
+        "ends in 60 s, and needs 1 more for its quorum of 2, then attempt 2 of 3 begins"
     )
 
 
@@ -220,14 +182,6 @@ def test_a_lease_that_runs_out_puts_the_task_back() -> None:
     assert "a was not heard of in time" in done.sentence
 
 
-def aggregating(state: s.CommandState, **changes) -> s.Facts:
-    shares = (s.Contribution("a", "a" * 64, 8, 0.5), s.Contribution("b", "b" * 64, 8, 0.5))
-    command = replace(s.Command(1, 1, state, shares, queued_at=0.0), **changes)
-    return s.Facts(
-        sites("a", "b"), round_(phase=s.Phase.AGGREGATING), updates=(update("a"), update("b")), command=command
-    )
-
-
 def test_a_finished_aggregate_is_committed_with_its_contributors() -> None:
     done = step(job(), aggregating(s.CommandState.DONE, digest="d" * 64, size=8), 5.0)
     (commit,) = of(done, s.Commit)
@@ -251,7 +205,7 @@ def test_an_aggregate_that_cannot_be_made_is_given_up_with_its_reason() -> None:
 def test_a_round_begins_when_its_updates_fit_on_the_disk() -> None:
     room = s.Facts(sites("a", "b"), round_(1, s.Phase.SELECTING, ()), model_bytes=10**9, spare_bytes=4 * 10**9)
     waiting = step(job(), room, 1.0)
-    assert not waiting.effects and "needs 5.0 GB and has 4.0 GB" in waiting.sentence
+    assert not waiting.effects and "needs 5,000 MB and has 4,000 MB" in waiting.sentence
     assert of(step(job(), replace(room, spare_bytes=6 * 10**9), 1.0), s.SetCohort)
 
 
@@ -374,3 +328,109 @@ def test_work_of_a_revoked_site_ends_at_once_and_the_round_closes_without_it() -
     assert of(done, s.EndTask) == [s.EndTask("j.1.train.c", s.TaskState.EXPIRED, "the site's enrollment was revoked")]
     ended = replace(tasks[2], state=s.TaskState.EXPIRED)
     assert of(step(job(), replace(facts, tasks=(*tasks[:2], ended)), 1.0), s.Aggregate)
+
+
+def test_a_job_that_failed_says_which_commands_go_on_with_it() -> None:
+    tasks = (train("a", s.TaskState.SUCCEEDED), train("b", s.TaskState.FAILED, failures=2, reason="out of memory"))
+    facts = s.Facts(sites("a", "b"), round_(cohort=("a", "b"), attempt=3), tasks, (update("a"),))
+    sentence = step(job(), facts, 5.0).sentence
+    assert "`silotune job resume j` tries round 1 again and keeps the update that has come" in sentence
+    assert "`silotune job readmit j` first lets the sites that were set aside take part again" in sentence
+
+
+def test_a_failed_round_begins_again_with_all_its_attempts_when_its_job_is_resumed() -> None:
+    done = step(job(), s.Facts(sites("a", "b"), round_(2, s.Phase.FAILED, attempt=3)), 500.0)
+    assert of(done, s.OpenRound) == [s.OpenRound(2, 1, 600.0)]
+
+
+def test_a_round_that_has_its_quorum_already_begins_although_nobody_is_connected() -> None:
+    updates = (update("a"), update("b"))
+    away = s.Facts(sites("a", "b", "c", away=("a", "b", "c")), round_(1, s.Phase.SELECTING, ()), updates=updates)
+    assert not step(job(), away, 9.0).effects, "c may still come"
+    done = step(job(), away, 10.0)
+    assert of(done, s.SetCohort) == [s.SetCohort(("a", "b"))] and not of(done, s.QueueTask)
+
+
+def test_a_site_that_was_not_counted_in_the_round_before_is_not_waited_for_and_joins_when_it_is_back() -> None:
+    selecting = round_(2, s.Phase.SELECTING, ())
+    before = {"last_cohort": ("a", "b"), "last_counted": frozenset("ab")}
+    away = s.Facts(sites("a", "b", "c", away=("c",)), selecting, **before)
+    done = step(job(), away, 0.0)
+    assert of(done, s.SetCohort) == [s.SetCohort(("a", "b"))]
+    assert done.sentence == "round 2 begins with a, b, without c, not connected"
+    back = replace(away, sites=sites("a", "b", "c"))
+    assert of(step(job(), back, 0.0), s.SetCohort) == [s.SetCohort(("a", "b", "c"))]
+    was_there = replace(away, last_cohort=("a", "b", "c"), last_counted=frozenset("abc"))
+    assert not step(job(), was_there, 9.0).effects, "it was there a moment ago"
+
+
+def test_where_some_are_drawn_only_a_site_that_was_asked_in_vain_is_passed_over() -> None:
+    recipe = spec(cohort={"size": 1, "quorum": 1, "gather_seconds": 10})
+    first = of(step(job(recipe), s.Facts(sites("a", "b"), round_(2, s.Phase.SELECTING, ())), 0.0), s.SetCohort)[0]
+    (drawn,) = first.cohort
+    other = "b" if drawn == "a" else "a"
+    away = s.Facts(sites("a", "b", away=(drawn,)), round_(2, s.Phase.SELECTING, ()))
+    not_asked = replace(away, last_cohort=(other,), last_counted=frozenset(other))
+    assert not step(job(recipe), not_asked, 0.0).effects
+    asked = replace(away, last_cohort=(drawn,), last_counted=frozenset(other))
+    assert of(step(job(recipe), asked, 0.0), s.SetCohort) == [s.SetCohort((other,))]
+
+
+def test_only_the_first_round_waits_for_named_sites_that_are_not_enrolled() -> None:
+    recipe = spec(cohort={"sites": ["a", "b", "new"], "quorum": 2, "gather_seconds": 10})
+    first = s.Facts(sites("a", "b"), round_(1, s.Phase.SELECTING, ()))
+    assert not step(job(recipe), first, 0.0).effects
+    second = replace(
+        first, round=round_(2, s.Phase.SELECTING, ()), last_cohort=("a", "b"), last_counted=frozenset("ab")
+    )
+    assert of(step(job(recipe), second, 0.0), s.SetCohort)
+
+
+def test_a_round_never_waits_longer_for_sites_than_half_of_its_time() -> None:
+    recipe = spec(cohort={"quorum": 1, "gather_seconds": 1000, "round_deadline_seconds": 100})
+    facts = s.Facts(sites("a", "b", away=("b",)), round_(1, s.Phase.SELECTING, ()))
+    assert "begins without them in 50 s" in step(job(recipe), facts, 0.0).sentence
+    assert of(step(job(recipe), facts, 50.0), s.SetCohort) == [s.SetCohort(("a",))]
+
+
+def test_a_round_without_room_on_the_disk_ends_at_its_deadline() -> None:
+    room = s.Facts(sites("a", "b"), round_(1, s.Phase.SELECTING, ()), model_bytes=10**9, spare_bytes=4 * 10**9)
+    done = step(job(), room, 101.0)
+    assert of(done, s.OpenRound)[0].attempt == 2 and "needs 5,000 MB and has 4,000 MB" in done.sentence
+
+
+def test_a_silent_site_does_not_keep_version_0_from_being_made_by_another() -> None:
+    silent = replace(train("a", s.TaskState.QUEUED, last_progress_at=1.0), kind=s.TaskKind.INIT, round=0)
+    facts = s.Facts(sites("a", "b", away=("a",)), round_(0, cohort=("a",)), tasks=(silent,))
+    assert not step(job(), facts, 30.0).effects
+    done = step(job(), facts, 32.0)
+    assert of(done, s.EndTask)[0].state is s.TaskState.EXPIRED and of(done, s.OpenRound)[0].attempt == 2
+    alone = replace(facts, sites=sites("a", away=("a",)))
+    assert not step(job(), alone, 99.0).effects, "nobody else could make it"
+
+
+def test_a_site_that_was_readmitted_in_mid_round_gets_its_task_again() -> None:
+    tasks = (train("a", s.TaskState.DECLINED, reason="not at night"), train("b", s.TaskState.RUNNING))
+    facts = s.Facts(sites("a", "b"), round_(cohort=("a", "b")), tasks)
+    assert [task.site for task in of(step(job(), facts, 1.0), s.QueueTask)] == ["a"]
+    assert not step(job(), replace(facts, set_aside={"a": "not at night"}), 1.0).effects
+
+
+def test_damage_again_and_again_ends_with_the_attempts_of_the_round() -> None:
+    facts = aggregating(s.CommandState.FAILED, error="damaged", corrupt_site="b")
+    assert facts.round is not None
+    done = step(job(), replace(facts, round=replace(facts.round, attempt=3)), 1.0)
+    assert of(done, s.RejectUpdate) and of(done, s.SetJobState) == [s.SetJobState(s.JobState.FAILED)]
+
+
+def test_each_measured_version_is_compared_once() -> None:
+    recipe = spec(evaluation={"where": ["house"]})
+    facts = replace(measured(recipe, 0.2, 0.9, 0.8), unjudged=frozenset({0, 1, 2}))
+    better = step(job(recipe), facts, 1.0)
+    assert of(better, s.SetBest) == [s.SetBest(1)] and of(better, s.Judged) == [s.Judged((0, 1, 2))]
+    worse = step(job(recipe, best_version=1), replace(facts, unjudged=frozenset({2})), 1.0)
+    assert worse.sentence == "version 2 is no better than version 1 by accuracy"
+    assert not of(worse, s.SetBest) and of(worse, s.Judged) == [s.Judged((2,))]
+    pending = s.Task("e", "j", 2, s.TaskKind.EVALUATE, "hq", 2, split="validation")
+    waits = replace(facts, unjudged=frozenset({2}), tasks=(pending,))
+    assert not of(step(job(recipe, best_version=1), waits, 1.0), s.Judged)

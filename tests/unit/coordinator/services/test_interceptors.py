@@ -18,6 +18,7 @@ from coordinator.services.interceptors import ACCESS, INSECURE_IDENTITY_KEY
 from protos import errors
 from protos.identity import Identity, Role
 from protos.v1 import agent_pb2, operator_pb2
+from tests.unit.coordinator.services.conftest import tensor_file
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 METHODS = [method for service in (*SERVICES, HEALTH) for method in service.methods]
@@ -107,6 +108,28 @@ async def test_a_long_poll_ends_when_its_site_is_revoked(federation: Any):
     await federation.operator().operator("RevokeSite", operator_pb2.RevokeSiteRequest(name="st-olav"))
     with pytest.raises(errors.Unauthenticated, match="revoked"):
         await asyncio.wait_for(poll, 5)
+
+
+async def test_heartbeats_that_cross_a_revocation_do_not_revive_the_site(federation: Any):
+    site = federation.site("st-olav")
+    task = await federation.job_with_version_0(site, content=tensor_file(fill=0.5))
+    beat = agent_pb2.HeartbeatRequest(task_id=task.id, generation=task.generation)
+
+    async def beats() -> None:
+        while True:
+            await site.agent("Heartbeat", beat)
+
+    going = [asyncio.create_task(beats()) for _ in range(3)]
+    operator = federation.operator()
+    await operator.operator("RevokeSite", operator_pb2.RevokeSiteRequest(name="st-olav"))
+    for one in going:
+        with pytest.raises(errors.Unauthenticated, match="revoked"):
+            await asyncio.wait_for(one, 20)
+    assert [one.state for one in federation.store.sites.all()] == ["REVOKED"]
+    job = operator_pb2.GetJobRequest(job=task.job_id)
+    while (shown := await operator.operator("GetJob", job)).tasks[0].state != operator_pb2.TASK_STATE_EXPIRED:
+        await asyncio.sleep(0.1)
+    assert shown.tasks[0].reason == "the site's enrollment was revoked"
 
 
 async def test_a_certificate_that_expires_on_an_open_connection_stops_working(federation: Any):

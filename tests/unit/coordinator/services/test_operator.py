@@ -126,3 +126,33 @@ async def test_a_site_is_invited_listed_and_revoked(federation: Any):
     with pytest.raises(errors.NotFound):
         await operator.operator("RevokeSite", operator_pb2.RevokeSiteRequest(name="nobody"))
     assert (await operator.operator("InviteSite", operator_pb2.InviteSiteRequest(name="st-olav"))).token
+
+
+async def test_a_site_that_has_paused_its_task_is_listed_so(federation: Any):
+    site, operator = federation.site("st-olav"), federation.operator()
+    task = await federation.job_with_version_0(site, content=MODEL)
+
+    async def listed() -> list[tuple[str, bool]]:
+        sites = (await operator.operator("ListSites", operator_pb2.ListSitesRequest())).sites
+        return [(one.name, one.paused) for one in sites]
+
+    for stage, paused in ((agent_pb2.STAGE_TRAINING, False), (agent_pb2.STAGE_PAUSED, True)):
+        progress = agent_pb2.Progress(stage=stage)
+        beat = agent_pb2.HeartbeatRequest(task_id=task.id, generation=task.generation, progress=progress)
+        await site.agent("Heartbeat", beat)
+        assert await listed() == [("st-olav", paused)]
+
+
+async def test_one_site_is_readmitted_by_name(federation: Any):
+    site, operator = federation.site("st-olav"), federation.operator()
+    task = await federation.job_with_version_0(site, content=MODEL)
+    declined = agent_pb2.Declined(reason="not at night")
+    await site.agent(
+        "FinishTask", agent_pb2.FinishTaskRequest(task_id=task.id, generation=task.generation, declined=declined)
+    )
+    readmit = operator_pb2.ControlJobRequest(job=task.job_id, action=operator_pb2.JOB_ACTION_READMIT, site="other")
+    with pytest.raises(errors.NotFound, match="other is not set aside"):
+        await operator.operator("ControlJob", readmit)
+    readmit.site = "st-olav"
+    await operator.operator("ControlJob", readmit)
+    assert federation.store.jobs.facts(task.job_id, now_unix_seconds=0.0)[1].set_aside == {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.storage.blobs import FileBlobStore
+from coordinator.storage.file_blobs import FileBlobStore
 from coordinator.storage.frames import FrameCache
 from protos import frames
 from protos.errors import NotFound

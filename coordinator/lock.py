@@ -1,0 +1,30 @@
+"""One process for each directory: a lock that goes with the process, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from protos.errors import Conflict
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the directory. Conflict names the process that has it."""
+    with (directory / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise Conflict(
+                f"Another coordinator (process {holder}) serves from {directory}.",
+                hint="One directory has one coordinator; stop the other, or name another directory.",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
