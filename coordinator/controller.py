@@ -35,7 +35,7 @@ from coordinator.storage.garbage import GarbageCollector, drop_damaged
 from coordinator.storage.jobs import Driven
 from coordinator.storage.sites import CONNECTED_SECONDS
 from coordinator.storage.store import Store
-from protos.errors import SilotuneError
+from protos.errors import CorruptData, NotFound, SilotuneError
 
 TICK_SECONDS = 1.0
 # A step decides one thing; this many without waiting for anything means a defect, not a busy job.
@@ -108,7 +108,8 @@ class Controller:
                 await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
         for command in self._commands.values():
             command.cancel()
-        await asyncio.gather(*self._commands.values(), return_exceptions=True)
+        sweeping = [self._sweeping] if self._sweeping else []
+        await asyncio.gather(*self._commands.values(), *sweeping, return_exceptions=True)
         for job_id, generation in self._driving.items():
             with contextlib.suppress(SilotuneError):
                 await asyncio.to_thread(self.store.jobs.release, job_id, driver_generation=generation)
@@ -301,32 +302,36 @@ class Controller:
         job, _, _ = await asyncio.to_thread(self.store.jobs.facts, job_id, now_unix_seconds=time.time())
         previous = await asyncio.to_thread(self.store.jobs.previous, job_id, version=head)
         optimizer = job.spec.aggregation.server_optimizer
-        for part in command.contributions:
-            if self.blobs.size(part.digest) is None:
-                return {"corrupt_site": part.site}
-        with tempfile.TemporaryDirectory(dir=self.scratch) as directory:
+        with (
+            tempfile.TemporaryDirectory(dir=self.scratch) as directory,
+            contextlib.ExitStack() as in_use,
+        ):
+
+            async def path(digest: str) -> str:
+                """The blob as a local file, until the aggregation has read it; from S3 that may take a while."""
+                return str(await asyncio.to_thread(in_use.enter_context, self.blobs.local(digest)))
+
+            parts = []
+            for part in command.contributions:
+                try:
+                    where = await path(part.digest)
+                except (NotFound, CorruptData):
+                    return {"corrupt_site": part.site}
+                parts.append({"site": part.site, "digest": part.digest, "weight": part.weight, "path": where})
             output, state_output = Path(directory, "version"), Path(directory, "state")
             has_state = optimizer.type != "none"
-            order = {
-                "contributions": [
-                    {
-                        "site": part.site,
-                        "digest": part.digest,
-                        "weight": part.weight,
-                        "path": str(self.blobs.path(part.digest)),
-                    }
-                    for part in command.contributions
-                ],
+            order: dict[str, Any] = {
+                "contributions": parts,
                 "optimizer": optimizer.model_dump(),
                 "output": str(output),
             }
             if has_state:
-                order["previous"] = str(self.blobs.path(previous["digest"]))
+                order["previous"] = await path(previous["digest"])
                 order["previous_digest"] = previous["digest"]
                 order["state_digest"] = previous["optimizer_digest"]
                 order["state_output"] = str(state_output)
                 if previous["optimizer_digest"]:
-                    order["state"] = str(self.blobs.path(previous["optimizer_digest"]))
+                    order["state"] = await path(previous["optimizer_digest"])
             began = time.monotonic()
             result = await self._process.carry_out(order)
             self.aggregation_peak_bytes = result.pop("peak_rss_bytes")

@@ -102,7 +102,7 @@ def why(*, client: OperatorClient, output: Output, job_name: str) -> None:
     \b
     silotune job why JOB
     """
-    state: operator_pb2.GetJobResponse = client.ask("GetJob", operator_pb2.GetJobRequest(job=job_name))
+    state: operator_pb2.GetJobResponse = client.ask("GetJob", operator_pb2.GetJobRequest(job=job_name, last_rounds=1))
     waiting = waiting_lines(state.tasks)
     failed = failed_lines(state.tasks)
     data = {

@@ -130,7 +130,7 @@ class OperatorService:
         found = self._store.views.job(job)
         model = self._store.views.model(found.id, version=version)
         contributors = {part.site for part in model.contributions}
-        rounds = self._store.views.rounds(found.id, last=max(1, found.round - model.version + 1))
+        rounds = self._store.views.rounds(found.id, last=1, until=model.version)
         updates = [update for record in rounds if record.number == model.version for update in record.updates]
         return pb.GetModelResponse(
             job_id=found.id,
@@ -144,8 +144,7 @@ class OperatorService:
         )
 
     def _evaluations_of(self, found: JobRecord, *, version: int) -> list[Evaluation]:
-        later = self._store.views.evaluations(found.id, since_version=version)
-        return [evaluation for evaluation in later if evaluation.version == version]
+        return self._store.views.evaluations(found.id, version=version)
 
     # --- sites
 

@@ -56,7 +56,6 @@ class Jobs:
         Every live lease gets at least `grace_seconds` to report again, because nobody renewed it meanwhile.
         """
         tasks, jobs = schema.tasks, schema.jobs
-        live = tasks.c.state.in_((s.TaskState.LEASED.value, s.TaskState.RUNNING.value))
         generation = job.generation + 1
         with self._database.write() as connection:
             won = connection.execute(
@@ -70,7 +69,8 @@ class Jobs:
             until = _service_seconds(connection, job.id) + grace_seconds
             connection.execute(
                 update(tasks)
-                .where(tasks.c.job_id == job.id, live, tasks.c.lease_until < until)
+                .where(tasks.c.job_id == job.id, schema.OPEN, tasks.c.state != s.TaskState.QUEUED.value)
+                .where(tasks.c.lease_until < until)
                 .values(lease_until=until)
             )
         return generation

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import func, select
 
 from coordinator.rounds import state as s
 from coordinator.storage import schema
@@ -14,6 +14,9 @@ from coordinator.storage.database import Database
 from coordinator.storage.work import task_of
 from protos import jobspec
 from protos.errors import Conflict, NotFound
+
+# Of all rounds that are looked at together.
+MAX_UPDATES = 10_000
 
 
 @dataclass(frozen=True)
@@ -98,19 +101,22 @@ class Views:
             raise Conflict(f"{len(rows)} jobs are named {id_or_name!r}.", hint=f"Give the id instead: {ids}.")
         return self._job(rows[0])
 
-    def rounds(self, job_id: str, *, last: int) -> list[RoundRecord]:
-        """The latest `last` rounds, oldest first."""
+    def rounds(self, job_id: str, *, last: int, until: int | None = None) -> list[RoundRecord]:
+        """The latest `last` rounds up to round `until`, oldest first; fewer when that is more than MAX_UPDATES sites."""
         rounds, updates, tasks, commands = schema.rounds, schema.updates, schema.tasks, schema.commands
         with self._database.read() as connection:
-            rows = connection.execute(
-                select(rounds).where(rounds.c.job_id == job_id).order_by(rounds.c.number.desc()).limit(last)
-            ).all()
+            newest = select(rounds).where(rounds.c.job_id == job_id).order_by(rounds.c.number.desc()).limit(last)
+            rows = _not_too_many(
+                connection.execute(newest if until is None else newest.where(rounds.c.number <= until))
+            )
             if not rows:
                 return []
-            since = rows[-1].number
+            numbers = (rows[-1].number, rows[0].number)
             by_round: dict[int, list[UpdateRecord]] = {}
             for row in connection.execute(
-                select(updates).where(updates.c.job_id == job_id, updates.c.round >= since).order_by(updates.c.site)
+                select(updates)
+                .where(updates.c.job_id == job_id, updates.c.round.between(*numbers))
+                .order_by(updates.c.site)
             ):
                 by_round.setdefault(row.round, []).append(
                     UpdateRecord(
@@ -125,7 +131,7 @@ class Views:
                         func.sum(tasks.c.bytes_up).label("up"),
                         func.sum(tasks.c.bytes_down).label("down"),
                     )
-                    .where(tasks.c.job_id == job_id, tasks.c.round >= since)
+                    .where(tasks.c.job_id == job_id, tasks.c.round.between(*numbers))
                     .group_by(tasks.c.round)
                 )
             }
@@ -133,7 +139,7 @@ class Views:
                 row.round: row.seconds
                 for row in connection.execute(
                     select(commands.c.round, commands.c.seconds).where(
-                        commands.c.job_id == job_id, commands.c.round >= since
+                        commands.c.job_id == job_id, commands.c.round.between(*numbers)
                     )
                 )
             }
@@ -158,14 +164,15 @@ class Views:
     def tasks(self, job_id: str, *, round_number: int) -> list[s.Task]:
         """The tasks of one round, and every evaluation that is not over."""
         tasks = schema.tasks
-        open_states = [state.value for state in s.TaskState if state.open]
         with self._database.read() as connection:
-            rows = connection.execute(
-                select(tasks)
-                .where(tasks.c.job_id == job_id, or_(tasks.c.round == round_number, tasks.c.state.in_(open_states)))
-                .order_by(tasks.c.kind.desc(), tasks.c.site)
-            ).all()
-        return [task_of(row) for row in rows]
+            # Two questions, because each has an index.
+            found = {
+                row.id: task_of(row)
+                for mine in (tasks.c.round == round_number, schema.OPEN)
+                for row in connection.execute(select(tasks).where(tasks.c.job_id == job_id, mine))
+            }
+        by_site = sorted(found.values(), key=lambda task: task.site)
+        return sorted(by_site, key=lambda task: task.kind.value, reverse=True)
 
     def paused_sites(self) -> set[str]:
         """The sites at which a task is paused."""
@@ -174,12 +181,14 @@ class Views:
             rows = connection.execute(select(tasks.c.site, tasks.c.progress).where(schema.OPEN)).all()
         return {row.site for row in rows if row.progress.get("stage") == "PAUSED"}
 
-    def evaluations(self, job_id: str, *, since_version: int = 0) -> list[s.Evaluation]:
+    def evaluations(self, job_id: str, *, since_version: int = 0, version: int | None = None) -> list[s.Evaluation]:
+        """Those of one version, or of all since one."""
         found = schema.evaluations
+        mine = found.c.version >= since_version if version is None else found.c.version == version
         with self._database.read() as connection:
             rows = connection.execute(
                 select(found)
-                .where(found.c.job_id == job_id, found.c.version >= since_version)
+                .where(found.c.job_id == job_id, mine)
                 .order_by(found.c.version, found.c.site, found.c.split)
             ).all()
         return [s.Evaluation(row.version, row.site, row.split, row.examples, row.metrics) for row in rows]
@@ -263,6 +272,17 @@ class Views:
             f"nothing can be decided now: {trouble[0].lower()}{trouble[1:].rstrip('.')}; nothing is lost, and it goes "
             f"on by itself when that is over. Before that: {row.sentence}"
         )
+
+
+def _not_too_many(rows: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    sites = 0
+    for row in rows:
+        sites += len(row.cohort)
+        if found and sites > MAX_UPDATES:
+            break
+        found.append(row)
+    return found
 
 
 def _durations(row: Any, worker: Mapping[str, float]) -> dict[str, float]:

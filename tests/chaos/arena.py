@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from sqlalchemy import create_engine
 
 from deploy.local import LocalFederation, Node, free_ports
 from tests.chaos.evidence import Injected
@@ -34,7 +35,7 @@ methods = ["full"]
 LEASE_SECONDS = 2
 RESERVE_BYTES = 500_000
 RESPAWN_SECONDS = 0.5
-LIBRARIES = ("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1", "/usr/lib/faketime/libfaketime.so.1")
+LIBRARIES = ("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
 COORDINATOR_DISK_MB, AGENT_DISK_MB = 700, 96
 FILLER = "filler"
 AGE_DAYS = 3
@@ -88,6 +89,8 @@ class Arena:
 
     def _build(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.rows = create_engine(self.storage.database_url, pool_pre_ping=True)
+        self._stack.callback(self.rows.dispose)
         (self.directory / "clocks").mkdir()
         self._find_out_what_is_missing()
         namespace_host = self._make_namespace()
@@ -179,7 +182,7 @@ class Arena:
             words += ["env", *(f"{name}={value}" for name, value in preload.items())]
         if name in self.traced:
             words += [
-                "strace", "-f", "-D", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e", "trace=fdatasync,fsync",
+                "strace", "-f", "-D", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync,fsync",
                 "-e", f"inject=fdatasync,fsync:signal=SIGKILL:when={self.traced[name]}",
             ]  # fmt: skip
         return [*words, *argv]
@@ -275,9 +278,10 @@ class Arena:
         except OSError:
             return False
 
-    def settle(self, *, seconds: float = 60.0) -> None:
+    def settle(self, *, seconds: float = 120.0) -> None:
+        """Returns when every node is ready and every agent connected: a job that begins now misses nobody."""
         deadline = time.monotonic() + seconds
-        while not self.ready():
+        while not (self.ready() and all(self.network.links[site].connections for site in self.sites)):
             self.watch()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the federation did not come back within {seconds:g} s\n{self.tails()}")

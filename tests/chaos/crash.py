@@ -31,7 +31,7 @@ def missing() -> str:
     """Why this machine cannot do it; empty when it can."""
     if shutil.which("strace") is None:
         return "strace is not installed"
-    words = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=fsync", "-o", "/dev/null", "true"]
+    words = ["strace", "-f", "-D", "-qq", "-e", "trace=fsync", "-o", "/dev/null", "true"]
     done = subprocess.run(words, capture_output=True, text=True)
     return f"strace does not work here: {done.stderr.strip()}" if done.returncode else ""
 

@@ -40,11 +40,12 @@ class Link:
         self._loop = loop
         self._upstreams = upstreams
         self._turn = 0
-        self._connections: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._weather = Weather()
         self._changed = asyncio.Event()
         self.passed: dict[Direction, int] = dict.fromkeys(DIRECTIONS, 0)
+        # Live ones, through to a coordinator.
+        self.connections = 0
         self.address = ""
 
     # --- from any thread
@@ -76,9 +77,6 @@ class Link:
             _abort(writer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
         self._writers.add(writer)
         try:
             await self._relay(reader, writer)
@@ -86,7 +84,6 @@ class Link:
             pass  # One end is gone, and the other is told so below; or the network itself ends.
         finally:
             self._writers.discard(writer)
-            self._connections.discard(task)
             _abort(writer)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -97,6 +94,7 @@ class Link:
             return
         far_reader, far_writer = upstream
         self._writers.add(far_writer)
+        self.connections += 1
         try:
             async with asyncio.TaskGroup() as pumps:
                 pumps.create_task(self._pump(reader, far_writer, "up"))
@@ -106,6 +104,7 @@ class Link:
                 one.close()
                 await one.wait_closed()
         finally:
+            self.connections -= 1
             self._writers.discard(far_writer)
             _abort(far_writer)
 

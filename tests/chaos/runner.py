@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from sqlalchemy import Engine, create_engine, func, select
+from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from client_agent.taskdir import RESULT, SPEC
@@ -69,7 +69,7 @@ class Runner:
     operator: Operator
 
     def __post_init__(self) -> None:
-        self._engine: Engine = create_engine(self.arena.storage.database_url, pool_pre_ping=True)
+        self._engine = self.arena.rows
         self._logs = [AgentLog(site, self.arena.node(site).log) for site in self.arena.sites]
 
     def run(self, scenario: Scenario, *, token: str) -> Outcome:

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,6 +152,28 @@ def test_replicas_that_write_the_same_upload_at_the_same_time_do_no_harm(replica
         thread.join(timeout=120)
     assert ends == ["sealed", "sealed"]
     assert replica("third").path(DIGEST).read_bytes() == CONTENT
+
+
+def test_an_upload_whose_completion_was_answered_to_nobody_is_sealed(replica: Replica, monkeypatch: pytest.MonkeyPatch):
+    complete = Bucket.complete
+
+    def answered_when_repeated(*arguments: Any) -> bool:
+        """As Amazon's does; moto says yes once more."""
+        assert complete(*arguments)
+        return False
+
+    monkeypatch.setattr(Bucket, "complete", answered_when_repeated)
+    put(replica(), CONTENT)
+    assert replica("other").path(DIGEST).read_bytes() == CONTENT
+
+
+def test_a_part_that_does_not_follow_the_others_is_not_counted(bucket: Bucket, replica: Replica):
+    begun = bucket.begin(UPLOAD)
+    bucket.send(UPLOAD, begun, number=2, data=CONTENT[PART_BYTES : 2 * PART_BYTES])
+    store = replica()
+    assert store.committed_size(OWNER, DIGEST) == 0
+    put(store, CONTENT)
+    assert replica("other").path(DIGEST).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("name", ["first", "other"])

@@ -56,14 +56,6 @@ def test_a_round_begins_with_all_enrolled_sites_when_all_are_connected() -> None
     assert [task.site for task in of(done, s.QueueTask)] == ["a", "b", "c"]
 
 
-def test_a_round_waits_for_an_absent_site_and_then_begins_without_it() -> None:
-    facts = s.Facts(sites("a", "b", "c", away=("c",)), round_(1, s.Phase.SELECTING, ()))
-    early = step(job(), facts, 3.0)
-    assert not early.effects
-    assert "missing c" in early.sentence and "begins without them in 7 s" in early.sentence
-    assert of(step(job(), facts, 10.0), s.SetCohort) == [s.SetCohort(("a", "b"))]
-
-
 def test_a_round_below_quorum_in_sites_waits_until_its_deadline_and_is_tried_again() -> None:
     facts = s.Facts(sites("a", "b", away=("a",)), round_(1, s.Phase.SELECTING, ()))
     assert "needs 2, gives up in 50 s" in step(job(), facts, 50.0).sentence
@@ -78,20 +70,6 @@ def test_a_job_whose_sites_were_set_aside_fails_at_once_with_their_reasons() -> 
     assert "set aside: a (no such column)" in done.sentence
     named = spec(cohort={"sites": ["a", "b", "c"], "quorum": 2})
     assert not step(job(named), facts, 0.0).effects, "c may still enroll"
-
-
-def test_the_draw_of_a_part_of_the_sites_depends_on_seed_and_round_only() -> None:
-    recipe = spec(cohort={"size": 2, "quorum": 1, "gather_seconds": 10})
-    names = [f"s{number}" for number in range(20)]
-
-    def drawn(number: int, order: list[str], seed: int = 0) -> tuple[str, ...]:
-        seeded = recipe.model_copy(update={"seed": seed})
-        facts = s.Facts(sites(*order), round_(number, s.Phase.SELECTING, ()))
-        return of(step(job(seeded), facts, 0.0), s.SetCohort)[0].cohort
-
-    assert drawn(1, names) == drawn(1, names[::-1])
-    assert len({drawn(number, names) for number in range(1, 9)}) > 1
-    assert drawn(1, names) != drawn(1, names, seed=1)
 
 
 def test_a_round_waits_for_updates_and_names_who_does_what_until_when() -> None:
@@ -164,17 +142,6 @@ def test_a_site_that_failed_once_gets_the_task_once_more_and_no_oftener() -> Non
     assert not step(job(), twice, 1.0).effects
 
 
-def test_a_site_that_declines_is_replaced_by_the_next_in_the_draw() -> None:
-    recipe = spec(cohort={"size": 2, "quorum": 2})
-    tasks = (train("a", s.TaskState.DECLINED, reason="not at night"), train("b", s.TaskState.RUNNING))
-    facts = s.Facts(sites("a", "b", "c"), round_(cohort=("a", "b")), tasks, set_aside={"a": "not at night"})
-    done = step(job(recipe), facts, 1.0)
-    assert of(done, s.SetCohort) == [s.SetCohort(("b", "c"))]
-    assert of(done, s.QueueTask)[0].site == "c"
-    settled = replace(facts, round=round_(cohort=("b", "c")), tasks=(*tasks, train("c", s.TaskState.RUNNING)))
-    assert not step(job(recipe), settled, 1.0).effects
-
-
 def test_a_lease_that_runs_out_puts_the_task_back() -> None:
     tasks = (train("a", s.TaskState.RUNNING, lease_until=9.0), train("b", s.TaskState.RUNNING))
     done = step(job(), s.Facts(sites("a", "b"), round_(cohort=("a", "b")), tasks), 9.5)
@@ -207,15 +174,6 @@ def test_a_round_begins_when_its_updates_fit_on_the_disk() -> None:
     waiting = step(job(), room, 1.0)
     assert not waiting.effects and "needs 5,000 MB and has 4,000 MB" in waiting.sentence
     assert of(step(job(), replace(room, spare_bytes=6 * 10**9), 1.0), s.SetCohort)
-
-
-def test_weights_of_sites_that_did_nothing_are_equal() -> None:
-    recipe = spec(aggregation={"weights": "steps", "max_share": 0.5})
-    updates = (replace(update("a"), steps=0), replace(update("b"), steps=0), update("c"))
-    tasks = tuple(train(name, s.TaskState.SUCCEEDED) for name in "abc")
-    for found in (updates, updates[:2]):
-        (start,) = of(step(job(recipe), s.Facts(sites("a", "b", "c"), round_(), tasks, found), 1.0), s.Aggregate)
-        assert sum(part.weight for part in start.contributions) == pytest.approx(1.0)
 
 
 def test_a_damaged_update_is_rejected_and_the_round_goes_on_down_to_its_quorum() -> None:
@@ -302,25 +260,6 @@ def test_a_commit_is_measured_at_the_places_that_the_recipe_names() -> None:
     assert not of(step(job(rarely), facts, 1.0), s.QueueTask)
 
 
-@pytest.mark.parametrize(
-    ("weights", "shares"), [("examples", [0.1, 0.3, 0.6]), ("steps", [1 / 3] * 3), ("equal", [1 / 3] * 3)]
-)
-def test_weights_follow_the_recipe(weights: str, shares: list[float]) -> None:
-    recipe = spec(aggregation={"weights": weights})
-    updates = (update("a", examples=10), update("b", examples=30), update("c", examples=60))
-    tasks = tuple(train(name, s.TaskState.SUCCEEDED) for name in "abc")
-    (start,) = of(step(job(recipe), s.Facts(sites("a", "b", "c"), round_(), tasks, updates), 1.0), s.Aggregate)
-    assert [part.weight for part in start.contributions] == pytest.approx(shares)
-
-
-def test_a_capped_share_gives_its_excess_to_the_others_in_proportion() -> None:
-    recipe = spec(aggregation={"max_share": 0.5})
-    updates = (update("a", examples=10), update("b", examples=30), update("c", examples=960))
-    tasks = tuple(train(name, s.TaskState.SUCCEEDED) for name in "abc")
-    (start,) = of(step(job(recipe), s.Facts(sites("a", "b", "c"), round_(), tasks, updates), 1.0), s.Aggregate)
-    assert [part.weight for part in start.contributions] == pytest.approx([0.125, 0.375, 0.5])
-
-
 def test_work_of_a_revoked_site_ends_at_once_and_the_round_closes_without_it() -> None:
     tasks = (train("a", s.TaskState.SUCCEEDED), train("b", s.TaskState.SUCCEEDED), train("c", s.TaskState.RUNNING))
     facts = s.Facts(sites("a", "b"), round_(), tasks, updates=(update("a"), update("b")))
@@ -341,56 +280,6 @@ def test_a_job_that_failed_says_which_commands_go_on_with_it() -> None:
 def test_a_failed_round_begins_again_with_all_its_attempts_when_its_job_is_resumed() -> None:
     done = step(job(), s.Facts(sites("a", "b"), round_(2, s.Phase.FAILED, attempt=3)), 500.0)
     assert of(done, s.OpenRound) == [s.OpenRound(2, 1, 600.0)]
-
-
-def test_a_round_that_has_its_quorum_already_begins_although_nobody_is_connected() -> None:
-    updates = (update("a"), update("b"))
-    away = s.Facts(sites("a", "b", "c", away=("a", "b", "c")), round_(1, s.Phase.SELECTING, ()), updates=updates)
-    assert not step(job(), away, 9.0).effects, "c may still come"
-    done = step(job(), away, 10.0)
-    assert of(done, s.SetCohort) == [s.SetCohort(("a", "b"))] and not of(done, s.QueueTask)
-
-
-def test_a_site_that_was_not_counted_in_the_round_before_is_not_waited_for_and_joins_when_it_is_back() -> None:
-    selecting = round_(2, s.Phase.SELECTING, ())
-    before = {"last_cohort": ("a", "b"), "last_counted": frozenset("ab")}
-    away = s.Facts(sites("a", "b", "c", away=("c",)), selecting, **before)
-    done = step(job(), away, 0.0)
-    assert of(done, s.SetCohort) == [s.SetCohort(("a", "b"))]
-    assert done.sentence == "round 2 begins with a, b, without c, not connected"
-    back = replace(away, sites=sites("a", "b", "c"))
-    assert of(step(job(), back, 0.0), s.SetCohort) == [s.SetCohort(("a", "b", "c"))]
-    was_there = replace(away, last_cohort=("a", "b", "c"), last_counted=frozenset("abc"))
-    assert not step(job(), was_there, 9.0).effects, "it was there a moment ago"
-
-
-def test_where_some_are_drawn_only_a_site_that_was_asked_in_vain_is_passed_over() -> None:
-    recipe = spec(cohort={"size": 1, "quorum": 1, "gather_seconds": 10})
-    first = of(step(job(recipe), s.Facts(sites("a", "b"), round_(2, s.Phase.SELECTING, ())), 0.0), s.SetCohort)[0]
-    (drawn,) = first.cohort
-    other = "b" if drawn == "a" else "a"
-    away = s.Facts(sites("a", "b", away=(drawn,)), round_(2, s.Phase.SELECTING, ()))
-    not_asked = replace(away, last_cohort=(other,), last_counted=frozenset(other))
-    assert not step(job(recipe), not_asked, 0.0).effects
-    asked = replace(away, last_cohort=(drawn,), last_counted=frozenset(other))
-    assert of(step(job(recipe), asked, 0.0), s.SetCohort) == [s.SetCohort((other,))]
-
-
-def test_only_the_first_round_waits_for_named_sites_that_are_not_enrolled() -> None:
-    recipe = spec(cohort={"sites": ["a", "b", "new"], "quorum": 2, "gather_seconds": 10})
-    first = s.Facts(sites("a", "b"), round_(1, s.Phase.SELECTING, ()))
-    assert not step(job(recipe), first, 0.0).effects
-    second = replace(
-        first, round=round_(2, s.Phase.SELECTING, ()), last_cohort=("a", "b"), last_counted=frozenset("ab")
-    )
-    assert of(step(job(recipe), second, 0.0), s.SetCohort)
-
-
-def test_a_round_never_waits_longer_for_sites_than_half_of_its_time() -> None:
-    recipe = spec(cohort={"quorum": 1, "gather_seconds": 1000, "round_deadline_seconds": 100})
-    facts = s.Facts(sites("a", "b", away=("b",)), round_(1, s.Phase.SELECTING, ()))
-    assert "begins without them in 50 s" in step(job(recipe), facts, 0.0).sentence
-    assert of(step(job(recipe), facts, 50.0), s.SetCohort) == [s.SetCohort(("a",))]
 
 
 def test_a_round_without_room_on_the_disk_ends_at_its_deadline() -> None:
