@@ -89,15 +89,18 @@ class Controller:
 
     async def run(self) -> None:
         """Returns after `stop`. Commands in flight are ended; they are carried out again after the next start."""
-        # What a killed coordinator was making is made again.
-        await asyncio.to_thread(shutil.rmtree, self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True)
+        prepared = False
         while not self._stopping:
             self._wake.clear()
             try:
+                if not prepared:
+                    # What a killed coordinator was making is made again.
+                    await asyncio.to_thread(shutil.rmtree, self.scratch, ignore_errors=True)
+                    self.scratch.mkdir(parents=True, exist_ok=True)
+                    prepared = True
                 await self._turn()
-            except SilotuneError as error:
-                # The database is away or full: nothing is lost, and nothing can be decided until it is back.
+            except (SilotuneError, OSError) as error:
+                # The database or the disk is away or full: nothing is lost, nothing can be decided until it is back.
                 self._say_trouble(str(error))
             except Exception:
                 log.exception("a turn of the controller failed")

@@ -102,7 +102,7 @@ class Views:
         return self._job(rows[0])
 
     def rounds(self, job_id: str, *, last: int, until: int | None = None) -> list[RoundRecord]:
-        """The latest `last` rounds up to round `until`, oldest first; fewer when that is more than MAX_UPDATES sites."""
+        """The latest `last` rounds up to round `until`, oldest first; fewer when those have too many updates."""
         rounds, updates, tasks, commands = schema.rounds, schema.updates, schema.tasks, schema.commands
         with self._database.read() as connection:
             newest = select(rounds).where(rounds.c.job_id == job_id).order_by(rounds.c.number.desc()).limit(last)

@@ -85,7 +85,7 @@ def test_every_declared_dependency_has_its_tested_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = sum(project["optional-dependencies"].values(), start=list(project["dependencies"]))
     pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
-    names = {re.split(r"[<>=]", requirement)[0] for requirement in declared}
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in declared}
     assert {name.lower().replace("-", "_") for name in names} <= {name.lower().replace("-", "_") for name in pinned}
 
 
