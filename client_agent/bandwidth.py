@@ -1,4 +1,4 @@
-"""How fast this site sends and receives: one token bucket for each direction, for all transfers of the agent together.
+"""When and how fast this site sends and receives: one token bucket for each direction, for all transfers together.
 
 A transfer says what has gone and learns how long to wait. Nothing is split and nothing is queued here, so without a
 limit it costs one function call a frame.
@@ -13,6 +13,7 @@ from datetime import datetime
 
 from client_agent import hours
 from client_agent.settings import Network
+from protos.errors import Unavailable
 from protos.frames import FRAME_BYTES
 
 # Time that the network itself took is credited up to here, so that a limit near the line's own speed is reached.
@@ -45,11 +46,34 @@ def rates_at(network: Network, now: datetime) -> Rates:
     return Rates(upload, download)
 
 
+def closed_at(network: Network, now: datetime) -> str:
+    """Why no transfer may run at this time of the machine's own clock, and until when; empty when one may."""
+    outside = hours.outside(network.hours, now)
+    return f"It is outside this site's hours for transfers {outside}." if outside else ""
+
+
+def _never() -> str:
+    return ""
+
+
 class Pace:
-    def __init__(self, mbit: Callable[[], float], *, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        mbit: Callable[[], float],
+        *,
+        closed: Callable[[], str] = _never,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._mbit = mbit
+        # Why nothing may go now; empty when it may.
+        self.closed = closed
         self._monotonic = monotonic
         self._free_at = float("-inf")
+
+    def check_open(self) -> None:
+        """Unavailable outside the hours for transfers: it is tried again until they begin."""
+        if sentence := self.closed():
+            raise Unavailable(sentence)
 
     def take(self, count: int) -> float:
         """After `count` bytes have gone: the seconds until the next may go."""
@@ -77,7 +101,11 @@ UNLIMITED = Pace(_unlimited)
 
 def paces(network: Network) -> tuple[Pace, Pace]:
     """For sending and for receiving."""
+
+    def closed() -> str:
+        return closed_at(network, datetime.now())
+
     return (
-        Pace(lambda: rates_at(network, datetime.now()).upload_mbit),
-        Pace(lambda: rates_at(network, datetime.now()).download_mbit),
+        Pace(lambda: rates_at(network, datetime.now()).upload_mbit, closed=closed),
+        Pace(lambda: rates_at(network, datetime.now()).download_mbit, closed=closed),
     )

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from client_agent import facts, hold, identity, policy, settings
-from client_agent.bandwidth import rates_at
+from client_agent.bandwidth import closed_at, rates_at
 from client_agent.home import Home
 from client_agent.models import Models
 from client_agent.probe import probe
-from client_agent.route import route_of
+from client_agent.route import Proxy, route_of
 from client_agent.settings import DataSet, Network, SiteSettings
 from client_agent.training.data import Rows, Split, read_rows
 from protos.errors import SilotuneError
@@ -39,6 +39,9 @@ def all_findings(home: Home) -> Iterator[Finding]:
     if fault:
         yield Finding("site.toml", False, fault)
         return
+    if Proxy(site.network.proxy).login and home.site_file.stat().st_mode & 0o077:
+        what = f"{home.site_file} holds the proxy's password and others may read it: `chmod 600 {home.site_file}`"
+        yield Finding("site.toml", False, what)
     yield Finding("bandwidth", True, _bandwidth(site.network))
     yield Finding("hours", True, _hours(home, site))
     yield Finding("policy", site.policy is not None, policy.in_words(site.policy))
@@ -79,12 +82,16 @@ def _identity(home: Home, network: Network) -> Iterator[Finding]:
     # One address that answers is enough to work; of the others it is said that they do not.
     enough = any(one.reachable for one in found)
     for address, one in zip(enrolled.addresses, found, strict=True):
-        yield Finding("network" if len(found) == 1 else f"network, {address}", enough, one.sentence)
+        sentence = one.sentence + ("; dialled without the proxy: no_proxy names it" if route.spared(address) else "")
+        yield Finding("network" if len(found) == 1 else f"network, {address}", enough, sentence)
 
 
 def _bandwidth(network: Network) -> str:
     hours = ", ".join(window.hours for window in network.windows)
-    return f"now {rates_at(network, datetime.now())}" + (f"; other rates may hold at {hours}" if hours else "")
+    now = datetime.now()
+    transfers = f"; transfers run only at {', '.join(network.hours)}" if network.hours else ""
+    other = f"; other rates may hold at {hours}" if hours else ""
+    return (closed_at(network, now) or f"now {rates_at(network, now)}") + other + transfers
 
 
 def _hours(home: Home, site: SiteSettings) -> str:

@@ -58,7 +58,8 @@ def main() -> None:
     "--ca-bundle",
     default="",
     metavar="FILE",
-    help="CAs in PEM that may vouch for the coordinator besides the federation's own; site.toml keeps it.",
+    help="CAs in PEM that may vouch for the coordinator besides the federation's own; site.toml keeps it. Whoever has "
+    "a certificate of one of them could take the token: name it only if the operator says so.",
 )
 @home_option
 @format_option
@@ -84,8 +85,9 @@ def enroll(
     with home.locked():
         network = first_site_file.network_with(home.site_file, proxy=proxy, ca_bundle=bundle)
         enrolled = identity.enroll(
-            home.identity, token=parsed, coordinator=coordinator, replace=replace, network=network
-        )
+            home.identity, token=parsed, coordinator=coordinator, replace=replace,
+            network=network.model_copy(update={"ca_bundle": bundle}),
+        )  # fmt: skip
         wrote = first_site_file.write(home.site_file, network=network)
     if text:
         console.print(f"Enrolled as [bold]{enrolled.name}[/] at {coordinator}.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from client_agent import settings
+from client_agent.route import Proxy
 from client_agent.settings import Network
 from protos.errors import Conflict, InvalidInput
 
@@ -30,6 +32,7 @@ TEXT = """\
 name = "auto"          # "auto" takes the first GPU; or "cpu", "cuda:1"
 # threads = 4          # CPU threads of the trainer; default: all cores
 # idle_seconds = 600   # the trainer gives its memory back after so long without a task
+# stop_seconds = 30    # what a stopped agent waits for its training to be saved; its service must grant more
 
 # --- policy: without this section nothing runs here. Each list names what is allowed; "*" allows all of its kind.
 #
@@ -45,10 +48,12 @@ name = "auto"          # "auto" takes the first GPU; or "cpu", "cuda:1"
 # --- network: needed only where the way to the coordinator is not plain
 #
 # [network]
-# proxy = "http://proxy.hospital:3128"      # or http://USER:PASSWORD@...; default: https_proxy of the environment
+# proxy = "http://proxy.hospital:3128"      # or http://USER:PASSWORD@...; default: https_proxy of the environment;
+#                                           # what its no_proxy names is dialled directly in any case
 # ca_bundle = "/etc/ssl/hospital.pem"       # CAs that may vouch for the coordinator besides the federation's own
 # upload_mbit = 20                          # Mbit/s of payload; default: without limit
 # download_mbit = 50
+# hours = ["19:00-06:00"]                   # transfers run only then; default: always
 # keepalive_seconds = 20                    # less, down to 5, where a firewall forgets idle connections
 #
 # [[network.windows]]                       # other rates for some hours
@@ -91,9 +96,13 @@ def write(path: Path, *, network: Network) -> bool:
     """Whether a first file was written. An existing one is left as it is, but for a [network] that it does not have."""
     fresh = not path.exists()
     if fresh:
-        path.write_text(TEXT)
+        # For its owner only: a proxy's password may come to stand in it.
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(TEXT)
     told = {name: text for name, text in (("proxy", network.proxy), ("ca_bundle", network.ca_bundle)) if text}
     if told and "network" not in settings.load(path).model_fields_set:
+        if Proxy(network.proxy).login:
+            path.chmod(0o600)
         with path.open("a") as file:
             file.write("\n[network]\n" + "".join(f"{name} = {json.dumps(text)}\n" for name, text in told.items()))
     return fresh

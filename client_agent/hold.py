@@ -1,7 +1,7 @@
 """Whether the trainer may use this machine now: the administrator's `silotune-agent pause`, and the hours in site.toml.
 
 Both only decide when the site works, never what comes of it, so the machine's own clock may be wrong or step. Transfers
-have hours of their own.
+have hours of their own: see bandwidth.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from protos.errors import InvalidInput
 
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 LATEST_UNIX_SECONDS = 10_000_000_000  # in 2286; what is later is no time that anybody meant
+LONGEST_SECONDS = 366 * 86_400
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,24 @@ class PauseFile:
         self._path.unlink(missing_ok=True)
 
     def read(self) -> Pause | None:
-        """None when there is none, or none that can be understood."""
+        """None when there is none. One that cannot be understood holds until it is ended: somebody wanted a pause."""
+        if not self._path.exists():
+            return None
         match read_json(self._path):
-            case {"until_unix_seconds": None}:
-                return Pause(None)
             case {"until_unix_seconds": float() | int() as until} if 0 <= until < LATEST_UNIX_SECONDS:
                 return Pause(until)
-        return None
+        return Pause(None)
 
 
 def duration_seconds(text: str) -> float:
-    """Of "90m", "2h" or "1d". InvalidInput when it is none of the kind."""
+    """Of "90m", "2h" or "1d". InvalidInput when it is none of the kind, or longer than a year."""
     match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip())
     if match is None or not int(match[1]):
         raise InvalidInput(f"{text[:40]!r} is not a time such as 90m, 2h or 1d.")
-    return int(match[1]) * UNIT_SECONDS[match[2]]
+    seconds = int(match[1]) * UNIT_SECONDS[match[2]]
+    if seconds > LONGEST_SECONDS:
+        raise InvalidInput(f"{text} is longer than a year.", hint="Without a time a pause holds until it is ended.")
+    return seconds
 
 
 def reason(pause: Pause | None, windows: Sequence[str], *, now: datetime) -> str:
@@ -65,11 +69,8 @@ def reason(pause: Pause | None, windows: Sequence[str], *, now: datetime) -> str
         until = datetime.fromtimestamp(pause.until_unix_seconds)
         if now < until:
             return f"This site is paused by its administrator until {until:%a %H:%M}."
-    if windows and not hours.any_holds(windows, now):
-        change = hours.next_change(windows, now)
-        until_when = f" until {change:%a %H:%M}" if change else ""
-        return f"It is outside this site's hours ({', '.join(windows)}){until_when}."
-    return ""
+    outside = hours.outside(windows, now)
+    return f"It is outside this site's hours {outside}." if outside else ""
 
 
 class Hold:

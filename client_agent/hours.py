@@ -7,7 +7,7 @@ begins.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated
@@ -54,6 +54,14 @@ def parse(text: str) -> Window:
 def any_holds(windows: Iterable[str], now: datetime) -> bool:
     """Whether one of these hours is now. `windows` are texts that were checked before."""
     return any(parse(text).holds(now) for text in windows)
+
+
+def outside(windows: Sequence[str], now: datetime) -> str:
+    """Such as "(19:00-06:00) until Fri 19:00"; empty while one of these hours is now, and without any."""
+    if not windows or any_holds(windows, now):
+        return ""
+    change = next_change(windows, now)
+    return f"({', '.join(windows)})" + (f" until {change:%a %H:%M}" if change else "")
 
 
 def next_change(windows: Iterable[str], now: datetime) -> datetime | None:

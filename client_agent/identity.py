@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -125,6 +126,8 @@ def enroll(
 ) -> SiteIdentity:
     """Makes a key, has it certified, writes the identity. `network` says which way; site.toml lies beside `directory`.
 
+    Whoever `network.ca_bundle` makes believed is told the token's secret, so it must be what was given with this token.
+
     AlreadyExists: enrolled before and not `replace`. Unauthenticated: the token is used up, expired or unknown.
     Unavailable: the enrollment address cannot be reached, or what answers there is not the token's coordinator.
     """
@@ -174,7 +177,10 @@ def _explained(error: SilotuneError, *, address: str, route: Route) -> SilotuneE
     found = probe(address, route=route)
     if found.reachable:
         return error
-    hint = "Enrollment has an address of its own, which the token carries; a firewall must let it through too."
+    hint = (
+        "Enrollment has an address of its own, which the token carries; a firewall must let it through too. It "
+        "believes the token's CA alone, and those of --ca-bundle."
+    )
     return Unavailable(f"Enrollment failed: {found.sentence}.", hint=hint)
 
 
@@ -226,6 +232,14 @@ def _swap_in(directory: Path, *, key: bytes, certificate: bytes) -> None:
 
 def _check_certificate(identity: SiteIdentity) -> None:
     leaf = identity.leaf
+    # Whoever answers may be trusted by ca_bundle alone; only the federation's own CA says who this site is.
+    try:
+        leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(identity.ca))
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise InvalidInput(
+            "The certificate that was answered is not signed by this federation's CA.",
+            hint="Something between this site and the coordinator answers in its place; tell the operator.",
+        ) from error
     if leaf.public_key() != _private_key(identity.key).public_key():
         raise InvalidInput("The coordinator's certificate is over another key than the one that was sent.")
     certified = _certified(leaf)

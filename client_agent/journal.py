@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,11 @@ from protos.identity import check_job_id
 from protos.v1 import agent_pb2
 
 JOURNAL = "journal.json"
-# Directories of work that ended elsewhere (a closed round, a cancelled job) and that nobody asked for again.
-KEPT_DIRECTORIES = 4
-KEPT_SECONDS = 7 * 86_400
+# Directories of work that nobody has asked for again: it may have ended elsewhere (a closed round, a cancelled job), or
+# be asked for when the coordinator is back. What is finished is kept for longer, for nothing tells the agent that it is
+# not wanted any more. The newest are kept by the order in which they were granted: no clock decides.
+KEPT_UNFINISHED = 4
+KEPT_FINISHED = 32
 MAX_NAME_CHARACTERS = 200
 SPLITS = ("", "validation", "test")
 
@@ -108,6 +112,8 @@ class Entry:
     blobs: tuple[Blob, ...] | None = None
     # INIT: the base model that version 0 was built from; the grant itself may not name one.
     base_digest: str = ""
+    # Counts up with each grant at this site.
+    number: int = 0
 
     def update_facts(self) -> dict[str, Any]:
         """Digest and size of the update, as the log names it."""
@@ -118,6 +124,8 @@ class Entry:
 class Journal:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        # What is being opened is not pruned at the same moment.
+        self._opening = threading.Lock()
 
     def path(self, work: Work) -> Path:
         return self._directory / work.directory_name
@@ -125,13 +133,15 @@ class Journal:
     def open(self, work: Work, *, generation: int) -> Entry:
         """The entry for this work: what an earlier grant of it left, else a new one in an empty directory."""
         path = self.path(work)
-        entry = _read(path)
-        if entry is None or entry.work != work:
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-            sync_directory(self._directory)
-            entry = Entry(work)
-        return self.record(replace(entry, generation=generation))
+        with self._opening:
+            number = 1 + max((other.number for other in self._entries().values() if other), default=0)
+            entry = _read(path)
+            if entry is None or entry.work != work:
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir(parents=True)
+                sync_directory(self._directory)
+                entry = Entry(work)
+            return self.record(replace(entry, generation=generation, number=number))
 
     def record(self, entry: Entry) -> Entry:
         """On disk when this returns."""
@@ -172,15 +182,36 @@ class Journal:
     def remove(self, work: Work) -> None:
         shutil.rmtree(self.path(work), ignore_errors=True)
 
-    def prune(self, *, held: Iterable[Work], now_unix_seconds: float) -> None:
-        """Removes the directories of work that nobody asked for again: all but the newest few, and the old ones."""
-        now = now_unix_seconds
+    def prune(self, *, held: Iterable[Work], seen: Work) -> None:
+        """Removes the directories of work that is not in hand, and that nobody will or may want again.
+
+        `seen` is the work that was in hand until now: a job that trains a round is done with the rounds before.
+        """
         in_hand = {work.directory_name for work in held}
-        found = [path for path in self._directory.glob("*") if path.name not in in_hand]
-        found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for index, path in enumerate(found):
-            if index >= KEPT_DIRECTORIES or now - path.stat().st_mtime > KEPT_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+        room = {True: KEPT_FINISHED, False: KEPT_UNFINISHED}
+        with self._opening:
+            found = sorted(self._entries().items(), key=lambda item: item[1].number if item[1] else 0, reverse=True)
+            for path, entry in found:
+                if path.name in in_hand:
+                    continue
+                finished = (path / RESULT).exists()
+                if entry is None or _is_past(entry.work, seen=seen) or not room[finished]:
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    room[finished] -= 1
+
+    def _entries(self) -> dict[Path, Entry | None]:
+        """By directory; None where there is none that can be understood. What cannot be read now is left out."""
+        found: dict[Path, Entry | None] = {}
+        for path in self._directory.glob("*"):
+            with suppress(OSError):
+                found[path] = _read(path)
+        return found
+
+
+def _is_past(work: Work, *, seen: Work) -> bool:
+    """Whether the job has gone on to a later round than that of this update."""
+    return work.job_id == seen.job_id and "evaluate" not in (work.kind, seen.kind) and work.round < seen.round
 
 
 def _read(path: Path) -> Entry | None:

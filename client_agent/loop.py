@@ -11,6 +11,7 @@ kind), version, split and generation:
     The trainer begins.             resumed_step: 0, or that of the checkpoint from which it goes on
     The trainer has finished.       steps
     The trainer died; it goes on from its checkpoint.      reason, step
+    The training since step n was not saved.               reached_step (a pause or a stop did not get it saved)
     The task is paused.             reason           The task goes on.
     The result is sealed.           digest, bytes    (of the update; empty and 0 for an evaluation)
     The finished result of an earlier grant is offered again.      digest, bytes
@@ -30,13 +31,23 @@ from typing import Any, TypeVar
 
 import structlog
 
+from client_agent.grant import Grant
 from client_agent.identity import utc_now
 from client_agent.journal import work_of
 from client_agent.observe import STAGES, Disk, StatusFile
 from client_agent.session import Session, Waiting
-from client_agent.stages import Grant, Outcome, Refused, Stages, failed
-from client_agent.taskdir import full_disk_waits
-from protos.errors import AlreadyExists, Conflict, InvalidInput, LeaseFenced, NotFound, SilotuneError
+from client_agent.stages import Outcome, Refused, Stages, failed, failed_by_surprise
+from client_agent.taskdir import disk_is_full, full_disk_waits
+from protos.errors import (
+    AlreadyExists,
+    Conflict,
+    InvalidInput,
+    LeaseFenced,
+    NotFound,
+    OutOfSpace,
+    SilotuneError,
+    Unavailable,
+)
 from protos.v1 import agent_pb2
 
 # Progress is shown to people, so it goes out more often than the lease needs.
@@ -92,6 +103,8 @@ class Daemon:
             return "site.toml has no [policy]: nothing runs here"
         if not self._session.connected:
             return self._waiting.sentence or "the coordinator has not answered yet"
+        if any(grant.progress.stage == agent_pb2.STAGE_WAITING_FOR_DISK for grant in self._held.values()):
+            return self._disk.sentence or disk_is_full().message
         return self._disk.sentence or self._stages.hold.sentence
 
     def show_status(self) -> None:
@@ -177,15 +190,21 @@ class Daemon:
         for _ in range(REGRANTS):
             generation = grant.task.generation
             try:
-                return await self._session.patiently(lambda: self._noting(operation))
+                return await self._session.patiently(lambda: self._noting(grant, operation))
             except (LeaseFenced, NotFound) as error:
                 if not await self._regain(grant, generation=generation):
                     raise LeaseLost(str(error)) from error
         raise Conflict("The lease of this task was replaced again and again.", hint="Do two agents use one identity?")
 
-    async def _noting(self, operation: Callable[[], Awaitable[Answer]]) -> Answer:
-        with self._disk.noted(TRANSFER):
-            return await operation()
+    async def _noting(self, grant: Grant, operation: Callable[[], Awaitable[Answer]]) -> Answer:
+        try:
+            with self._disk.noted(TRANSFER):
+                return await operation()
+        except Unavailable:
+            if self._session.sending.closed():
+                now = grant.progress
+                grant.at(agent_pb2.STAGE_PAUSED, done=now.done, total=now.total, unit=now.unit)
+            raise
 
     async def _heartbeats(self, grant: Grant) -> str:
         """Renews the lease until the work is not wanted any more; returns why."""
@@ -251,7 +270,7 @@ class Daemon:
                 self._disk.forget(what)
             held = [other.work for other in self._held.values()]
             with self._disk.tried("Removing old task directories"):
-                await asyncio.to_thread(self._stages.journal.prune, held=held, now_unix_seconds=time.time())
+                await asyncio.to_thread(self._stages.journal.prune, held=held, seen=grant.work)
             self.show_status()
 
     async def _outcome(self, grant: Grant) -> Outcome:
@@ -270,21 +289,19 @@ class Daemon:
             return failed(error)
         except LeaseLost:
             raise
-        except OSError as error:
-            grant.log.exception("The work failed at this machine's disk.")
-            return agent_pb2.Failed(reason=f"The agent could not use its disk: {error.strerror}.")
         except Exception as error:
-            # A defect of ours must be reported, not end the daemon; its text may quote anything, so it stays here.
-            grant.log.exception("The work failed by a defect of the agent.")
-            return agent_pb2.Failed(
-                reason=f"The agent failed with {type(error).__name__}.",
-                hint="The agent's log at the site has the details.",
-            )
+            # A disk that fails, or a defect of ours, must be reported, not end the daemon.
+            grant.log.exception("The work failed unexpectedly.")
+            return failed_by_surprise(error)
 
     async def _compute(self, grant: Grant, spec: Any) -> Outcome:
         """One attempt. OutOfSpace when this machine's disk is full; what was reached is in the journal."""
-        with self._disk.noted(TASK), full_disk_waits():
-            return await self._steps(grant, spec)
+        try:
+            with self._disk.noted(TASK), full_disk_waits():
+                return await self._steps(grant, spec)
+        except OutOfSpace:
+            grant.at(agent_pb2.STAGE_WAITING_FOR_DISK)
+            raise
 
     async def _steps(self, grant: Grant, spec: Any) -> Outcome:
         stages = self._stages

@@ -20,9 +20,6 @@ from client_agent.session import Session, Waiting
 from client_agent.settings import SiteSettings
 from client_agent.stages import Stages
 
-# With the trainer's own exit this stays below the ten seconds that service managers grant.
-STOP_CANCEL_SECONDS = 4.0
-
 log = structlog.get_logger()
 
 
@@ -106,7 +103,7 @@ async def _serve(home: Home, *, insecure_loopback: bool) -> None:
     working = asyncio.ensure_future(agent.daemon.run())
 
     def stop() -> None:
-        agent.runner.shut_down(within_seconds=STOP_CANCEL_SECONDS)
+        agent.runner.shut_down(within_seconds=site.device.stop_seconds)
         working.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -17,7 +17,17 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from client_agent.taskdir import read_json
 from protos.errors import OutOfSpace, SiteConfigInvalid
 
-STAGES = ("idle", "approving", "fetching", "loading", "training", "evaluating", "uploading", "paused")
+STAGES = (
+    "idle",
+    "approving",
+    "fetching",
+    "loading",
+    "training",
+    "evaluating",
+    "uploading",
+    "paused",
+    "waiting_for_disk",
+)
 SECONDS_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 
 log = structlog.get_logger()

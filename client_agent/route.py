@@ -47,7 +47,7 @@ class Route:
     # PEM: the federation's own CA, and those that site.toml adds for the coordinator's certificate.
     ca: bytes
     bundle: bytes = b""
-    # What site.toml says; the environment is asked when it says nothing.
+    # What site.toml says; the environment is asked when it says nothing. no_proxy holds for both: gRPC insists on it.
     proxy: Proxy | None = None
     keepalive_seconds: float = KEEPALIVE_SECONDS
 
@@ -57,8 +57,14 @@ class Route:
 
     def proxy_for(self, address: str) -> Proxy | None:
         """None where `address` is dialled directly."""
-        if spares_proxy(host_of(address)):
-            return None
+        return None if spares_proxy(host_of(address)) else self._named
+
+    def spared(self, address: str) -> bool:
+        """Whether no_proxy of the environment alone keeps `address` from the proxy that is named."""
+        return self._named is not None and spares_proxy(host_of(address))
+
+    @property
+    def _named(self) -> Proxy | None:
         url = environment_proxy()
         return self.proxy or (Proxy(url) if url else None)
 

@@ -73,7 +73,7 @@ class Runner:
         self._closing: set[asyncio.Task[None]] = set()
         # How long a cancelled task may take to stop before its trainer is killed; shorter at shutdown.
         self.cancel_seconds = CANCEL_SECONDS
-        self._last_command = "cancel"
+        self.shutting_down = False
         self._killed_to_pause = False
 
     @property
@@ -83,7 +83,7 @@ class Runner:
     def shut_down(self, *, within_seconds: float) -> None:
         """From now on a cancelled task is one that goes on after the daemon's next start, so its state is saved."""
         self.cancel_seconds = within_seconds
-        self._last_command = "pause"
+        self.shutting_down = True
 
     async def run(
         self, directory: Path, *, kind: str, on_progress: OnProgress, pausing: asyncio.Event | None = None
@@ -237,11 +237,13 @@ class Runner:
         await self._kill(process)
 
     async def _cancel(self, process: asyncio.subprocess.Process) -> None:
-        self._send(process, {self._last_command: True})
+        self._send(process, {"pause" if self.shutting_down else "cancel": True})
         try:
             async with asyncio.timeout(self.cancel_seconds):
                 while (event := await self._event(process)) is not None:
-                    if event["event"] not in ("progress", "warning"):
+                    if event["event"] == "warning":
+                        log.warning(event["sentence"])
+                    elif event["event"] != "progress":
                         return
         except TimeoutError:
             log.warning("The trainer did not stop when told to and is killed.", seconds=self.cancel_seconds)
@@ -249,7 +251,12 @@ class Runner:
 
     async def _kill(self, process: asyncio.subprocess.Process) -> None:
         if process.returncode is None:
-            # The group, so that data loaders of the trainer's own end with it.
-            os.killpg(process.pid, signal.SIGKILL)
-            async with asyncio.timeout(KILL_GRACE_SECONDS):
-                await process.wait()
+            # The group, so that data loaders of the trainer's own end with it. It may just have ended.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            try:
+                async with asyncio.timeout(KILL_GRACE_SECONDS):
+                    await process.wait()
+            except TimeoutError:
+                # It waits in the system, for a disk or a GPU's driver, and ends when that answers.
+                log.error("The trainer was killed and has not ended yet.", pid=process.pid)

@@ -59,6 +59,9 @@ class Device(_Part):
     threads: Annotated[int, Field(ge=0)] = 0
     # The trainer gives its memory back after so long without a task.
     idle_seconds: Annotated[float, Field(gt=0)] = 600
+    # When the agent is stopped, the trainer may take so long for its step and for saving. Whoever stops the agent must
+    # grant some seconds more; the units in deploy/ grant 60.
+    stop_seconds: Annotated[float, Field(gt=0, le=3600)] = 30
 
 
 class Policy(_Part):
@@ -120,7 +123,8 @@ class NetworkWindow(_Part):
 class Network(_Part):
     """The way to the coordinator, and how much of it the agent may use."""
 
-    # An HTTP proxy that is asked to CONNECT; without it the environment's https_proxy and no_proxy hold.
+    # An HTTP proxy that is asked to CONNECT; without it the environment's https_proxy. What the environment's no_proxy
+    # names is dialled directly either way: gRPC insists on it.
     proxy: Annotated[str, AfterValidator(check_proxy)] = ""
     # A PEM file, relative to site.toml: CAs that may vouch for the coordinator besides the federation's own.
     ca_bundle: str = ""
@@ -128,6 +132,8 @@ class Network(_Part):
     keepalive_seconds: Annotated[float, Field(ge=SHORTEST_KEEPALIVE_SECONDS, le=3600)] = KEEPALIVE_SECONDS
     upload_mbit: Mbit = 0
     download_mbit: Mbit = 0
+    # When transfers may run, such as ["19:00-06:00"]; empty: always. Heartbeats and other short calls go on.
+    hours: tuple[Hours, ...] = ()
     # The first that holds now counts.
     windows: tuple[NetworkWindow, ...] = ()
 

@@ -10,24 +10,34 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
 
 from client_agent import facts, transfers
+from client_agent.grant import Grant
 from client_agent.hold import Hold
 from client_agent.home import Home
-from client_agent.journal import UNKNOWN_KIND, Entry, Journal, Work, check_work, work_of
+from client_agent.journal import UNKNOWN_KIND, Entry, Journal, check_work
 from client_agent.models import Models
 from client_agent.observe import AgentMetrics
 from client_agent.policy import Answer, Approvals, decide, parse_spec
 from client_agent.runner import Finished, Paused, Runner
 from client_agent.session import Session
 from client_agent.settings import DataSet, SiteSettings
-from client_agent.taskdir import FILES, UPDATE, TaskResult, TaskSpec, checkpoint_step, disk_is_full, write_spec
-from protos.errors import CorruptData, InvalidInput, NotFound, SilotuneError
+from client_agent.taskdir import (
+    FILES,
+    UPDATE,
+    TaskResult,
+    TaskSpec,
+    checkpoint_step,
+    disk_is_full,
+    read_result,
+    write_spec,
+)
+from protos.errors import CorruptData, InvalidInput, NotFound, OutOfSpace, SilotuneError
 from protos.jobspec import JobSpec, Synthetic
 from protos.metrics import METRICS, STAGE_SECONDS
 from protos.v1 import agent_pb2
@@ -44,43 +54,8 @@ TRAINER_STAGES = {
     "loading": agent_pb2.STAGE_LOADING,
     "training": agent_pb2.STAGE_TRAINING,
     "evaluating": agent_pb2.STAGE_EVALUATING,
+    "waiting_for_disk": agent_pb2.STAGE_WAITING_FOR_DISK,
 }
-
-
-@dataclass
-class Grant:
-    """A task in hand. `task` is replaced when the lease is granted anew; `work` never changes."""
-
-    task: agent_pb2.Task
-    work: Work
-    progress: agent_pb2.Progress = field(default_factory=agent_pb2.Progress)
-    regaining: asyncio.Lock = field(default_factory=asyncio.Lock)
-    began: float = field(default_factory=time.monotonic)
-    first_step_seconds: float | None = None
-    # While a person is asked whether the job may run.
-    asking: bool = False
-    stage_changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @staticmethod
-    def of(task: agent_pb2.Task) -> Grant:
-        return Grant(task, work_of(task))
-
-    @property
-    def log(self) -> Any:
-        """What is logged here says which task it is about: see client_agent/loop.py."""
-        work = self.work
-        return log.bind(
-            job=work.job_id, round=work.round, task=work.kind, version=work.version, split=work.split,
-            generation=self.task.generation,
-        )  # fmt: skip
-
-    def at(
-        self, stage: agent_pb2.Stage, *, done: int = 0, total: int = 0, unit: str = "",
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:  # fmt: skip
-        if stage != self.progress.stage:
-            self.stage_changed.set()
-        self.progress = agent_pb2.Progress(stage=stage, done=done, total=total, unit=unit, metrics=metrics or {})
 
 
 # Runs an operation that needs the lease, again after the lease was granted anew.
@@ -199,6 +174,9 @@ class Stages:
                 if corrupt >= transfers.CORRUPT_ATTEMPTS:
                     raise InvalidInput("The model arrived damaged several times.", hint=error.hint) from error
                 raise
+            except OutOfSpace:
+                grant.at(agent_pb2.STAGE_WAITING_FOR_DISK)
+                raise
 
         progress(0, blob.size)
         path = await under_lease(grant, attempt)
@@ -230,13 +208,20 @@ class Stages:
             await self._while_held(grant)
             grant.at(agent_pb2.STAGE_LOADING)
             before = await asyncio.to_thread(checkpoint_step, directory)
-            ended = await self.runner.run(
-                directory, kind=kind, on_progress=self._on_progress(grant), pausing=self.hold.begun
-            )
-            if isinstance(ended, Finished):
+            try:
+                ended = await self.runner.run(
+                    directory, kind=kind, on_progress=self._on_progress(grant), pausing=self.hold.begun
+                )
+            except asyncio.CancelledError:
+                if self.runner.shutting_down:
+                    self._say_what_was_not_saved(grant, directory)
+                raise
+            # A result that is there counts, whatever became of the trainer that wrote it: nothing is trained again.
+            if isinstance(ended, Finished) or await asyncio.to_thread(read_result, directory) is not None:
                 grant.log.info("The trainer has finished.", steps=grant.progress.done)
                 return
             if isinstance(ended, Paused):
+                self._say_what_was_not_saved(grant, directory)
                 continue
             saved = await asyncio.to_thread(checkpoint_step, directory)
             # Each run must get further than the one before, or a trainer that always dies would never be reported.
@@ -246,6 +231,12 @@ class Stages:
             if ended.full_disk:
                 raise disk_is_full()
             raise InvalidInput(self.without_paths(ended.reason), hint=self.without_paths(ended.hint))
+
+    def _say_what_was_not_saved(self, grant: Grant, directory: Path) -> None:
+        """Of a training that was to be saved, and was not in time, or for want of room."""
+        saved = checkpoint_step(directory)
+        if grant.progress.unit == "steps" and grant.progress.done > saved and read_result(directory) is None:
+            grant.log.warning(f"The training since step {saved} was not saved.", reached_step=grant.progress.done)
 
     async def _while_held(self, grant: Grant) -> None:
         """Returns when the trainer may run here. Until then it gives back the memory that it holds."""
@@ -388,6 +379,16 @@ class Stages:
 
 def failed(error: SilotuneError) -> agent_pb2.Failed:
     return agent_pb2.Failed(reason=error.message, hint=error.hint)
+
+
+def failed_by_surprise(error: Exception) -> agent_pb2.Failed:
+    """Of an error that is none of ours: its text may quote anything, so only its kind leaves the site."""
+    # Some errors are an OSError by descent only, a TimeoutError for one; those of a disk have a number.
+    if isinstance(error, OSError) and error.errno is not None:
+        return agent_pb2.Failed(reason=f"The agent could not use its disk: {error.strerror}.")
+    return agent_pb2.Failed(
+        reason=f"The agent failed with {type(error).__name__}.", hint="The agent's log at the site has the details."
+    )
 
 
 def _reportable(numbers: Mapping[str, float], *, allowed: frozenset[str]) -> dict[str, float]:

@@ -11,7 +11,6 @@ agent. It walks its files in blocks: a model of any size passes in a few megabyt
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -28,14 +27,18 @@ import numpy as np
 
 from client_agent.taskdir import (
     FILES,
+    ROOM_LOOK_SECONDS,
     UPDATE,
     Checkpoint,
     Paused,
     TaskResult,
     TaskSpec,
+    is_full,
     read_checkpoint,
     read_spec,
     tidy_checkpoints,
+    until_written,
+    wait_for_room,
     write_checkpoint,
     write_result,
 )
@@ -131,11 +134,28 @@ def init(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
 
 def train(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
     steps = task.spec["local"]["steps"] or 1
+    update = directory / UPDATE
+    wait_for_room(
+        update, size_bytes=_model(task).stat().st_size, waits=lambda: _wait_for_room(control, done=0, steps=steps)
+    )
     spent = _pass_time(task, directory, steps=steps, stage="training", control=control)
     began = time.monotonic()
+    until_written(
+        lambda: _write_update(task, update, control),
+        waits=lambda: _wait_for_room(control, done=steps, steps=steps),
+        partial=update,
+    )
+    saved = time.monotonic() - began
+    loss = 1.0 / task.round
+    return TaskResult(
+        examples=_examples(task), steps=steps, metrics={"loss": loss}, seconds={"train": spent, "save": saved}
+    )
+
+
+def _write_update(task: TaskSpec, path: Path, control: Control) -> None:
     pattern = np.random.default_rng(task.seed).standard_normal(BLOCK_VALUES, dtype=np.float32)
     pattern *= np.float32(task.spec["task"]["noise"])
-    with _model(task).open("rb") as source, (directory / UPDATE).open("wb") as target:
+    with _model(task).open("rb") as source, path.open("wb") as target:
         header, layout = _read_layout(source)
         target.write(header)
         values = np.empty(BLOCK_VALUES, dtype=np.float32)
@@ -147,11 +167,11 @@ def train(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
             target.write(block[: count * VALUE_BYTES])
         target.flush()
         os.fsync(target.fileno())
-    saved = time.monotonic() - began
-    loss = 1.0 / task.round
-    return TaskResult(
-        examples=_examples(task), steps=steps, metrics={"loss": loss}, seconds={"train": spent, "save": saved}
-    )
+
+
+def _wait_for_room(control: Control, *, done: int, steps: int) -> None:
+    say("progress", stage="waiting_for_disk", done=done, total=steps, unit="steps", metrics={})
+    control.wait(ROOM_LOOK_SECONDS)
 
 
 def evaluate(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
@@ -242,7 +262,11 @@ def run(directory: Path, control: Control) -> None:
         result = KINDS[task.kind](task, directory, control)
         work_seconds = sum(result.seconds.values())
         load_seconds = max(0.0, time.monotonic() - began - work_seconds)
-        write_result(directory, replace(result, seconds={**result.seconds, "load": load_seconds}))
+        result = replace(result, seconds={**result.seconds, "load": load_seconds})
+        until_written(
+            lambda: write_result(directory, result),
+            waits=lambda: _wait_for_room(control, done=result.steps, steps=result.steps),
+        )
     except Cancelled:
         say("cancelled")
     except Paused:
@@ -250,8 +274,8 @@ def run(directory: Path, control: Control) -> None:
     except SilotuneError as error:
         say("failed", reason=error.message, hint=error.hint)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        say("failed", reason=f"The trainer could not use its disk: {error.strerror}.", hint="", full_disk=full)
+        reason = f"The trainer could not use its disk: {error.strerror}."
+        say("failed", reason=reason, hint="", full_disk=is_full(error))
     else:
         say("done")
 

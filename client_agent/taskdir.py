@@ -12,6 +12,9 @@ exit. From it: {"event": "progress", "stage", "done", "total", "unit", "metrics"
 then exactly one of {"event": "done"}, {"event": "failed", "reason", "hint", "full_disk"}, {"event": "cancelled"},
 {"event": "paused"}. A training that is paused saves a checkpoint at its next step; the same directory is run again to
 go on from there. Other work that is paused has kept nothing and begins anew.
+
+A full disk costs no training: what is trained stays in memory, with progress in the stage "waiting_for_disk", until it
+can be written.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,9 @@ FILES = "files"
 RESULT = "result.json"
 CHECKPOINT = "checkpoint.json"
 CHECKPOINT_TENSORS = "checkpoint-{step}.safetensors"
+# How often a trainer looks whether there is room again.
+ROOM_LOOK_SECONDS = 1.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Paused(Exception):
@@ -132,9 +139,37 @@ def full_disk_waits() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
         raise disk_is_full() from error
+
+
+def is_full(error: OSError) -> bool:
+    return error.errno in _FULL
+
+
+def wait_for_room(path: Path, *, size_bytes: int, waits: Callable[[], None]) -> None:
+    """Returns when a file of this size has room in the place of `path`. For `waits` see `until_written`."""
+    while shutil.disk_usage(path.parent).free + (path.stat().st_size if path.exists() else 0) < size_bytes:
+        waits()
+
+
+def until_written(write: Callable[[], None], *, waits: Callable[[], None], partial: Path | None = None) -> None:
+    """`write`, again and again while the disk is full; `partial` is the file that a failed one leaves.
+
+    `waits` says that there is no room and takes a moment; it raises when the task is to end.
+    """
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if not is_full(error):
+                raise
+        if partial is not None:
+            # What is of no use must not take the room from others meanwhile.
+            with suppress(OSError):
+                os.truncate(partial, 0)
+        waits()
 
 
 def write_spec(directory: Path, spec: TaskSpec) -> None:

@@ -73,7 +73,8 @@ async def download(
 ) -> Path:
     """The verified blob's path; its bytes come from the coordinator where they are not here yet.
 
-    One attempt: Unavailable when the connection is lost, and the next attempt goes on where this one stopped.
+    One attempt: Unavailable when the connection is lost or the hours for transfers are over; the next goes on where it
+    stopped.
     CorruptData: the whole does not have its digest; it was deleted. `received` counts bytes off the wire.
     """
     path = cache.path(blob.digest)
@@ -81,6 +82,7 @@ async def download(
         os.utime(path)
         progress(blob.size, blob.size)
         return path
+    pace.check_open()
     part = path.with_name(path.name + ".part")
     with full_disk_waits():
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -183,9 +185,11 @@ async def upload(
 ) -> None:
     """Sends the file's bytes from the offset that the coordinator has; returns when the upload is sealed.
 
-    One attempt: Unavailable when the connection is lost, and the next attempt goes on at the committed offset.
+    One attempt: Unavailable when the connection is lost or the hours for transfers are over; the next goes on at the
+    committed offset.
     LeaseFenced: a newer grant of the task exists; its generation must be used. `sent` counts bytes on the wire.
     """
+    pace.check_open()
     async with open_channel() as channel:
         stub = transfer_pb2_grpc.TransferServiceStub(channel)
         missing = await rpc.call(stub.FindMissing, transfer_pb2.FindMissingRequest(blobs=[blob]))
@@ -301,6 +305,7 @@ def _is_time_over(error: grpc.aio.AioRpcError) -> bool:
 
 
 async def _keep_pace(pace: Pace, count: int, *, moved: Callable[..., None]) -> None:
+    pace.check_open()
     pause_seconds = pace.take(count)
     if pause_seconds:
         moved(STALL_SECONDS + pause_seconds)

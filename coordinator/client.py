@@ -101,7 +101,7 @@ class OperatorClient:
         """The answer of one method of OperatorService, in characters that a terminal may be given.
 
         Each address is asked once before it is given up. An action whose answer was lost may so be asked for twice, as
-        by a person who types the command again; it changes nothing more.
+        by a person who types the command again: it succeeds and changes nothing more.
         """
         for _ in self.profile.addresses[1:]:
             try:

@@ -111,11 +111,13 @@ class Controller:
                 await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
         for command in self._commands.values():
             command.cancel()
-        sweeping = [self._sweeping] if self._sweeping else []
-        await asyncio.gather(*self._commands.values(), *sweeping, return_exceptions=True)
+        await asyncio.gather(*self._commands.values(), return_exceptions=True)
+        # Before what may take long: another replica goes on at once, also when this process is killed for its slowness.
         for job_id, generation in self._driving.items():
             with contextlib.suppress(SilotuneError):
                 await asyncio.to_thread(self.store.jobs.release, job_id, driver_generation=generation)
+        if self._sweeping is not None:
+            await asyncio.gather(self._sweeping, return_exceptions=True)
         await self._process.stop()
 
     def stop(self) -> None:
@@ -149,7 +151,8 @@ class Controller:
                 log.exception("a step failed", job=job.id)
                 sentence = "the coordinator met a defect in this job and tries again; its log has the trace"
                 generation = self._driving.get(job.id, 0)
-                await asyncio.to_thread(self.store.jobs.say, job.id, sentence, driver_generation=generation)
+                with contextlib.suppress(SilotuneError):
+                    await asyncio.to_thread(self.store.jobs.say, job.id, sentence, driver_generation=generation)
         if trouble is not None:
             raise trouble
         if self._garbage.listing_is_due:

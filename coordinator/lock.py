@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from protos.errors import Conflict
@@ -24,7 +24,8 @@ def locked(directory: Path) -> Iterator[None]:
                 f"Another coordinator (process {holder}) serves from {directory}.",
                 hint="One directory has one coordinator; stop the other, or name another directory.",
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        # Who holds it, for the sentence above; a full disk must not keep a coordinator from starting.
+        with suppress(OSError):
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield

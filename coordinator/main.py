@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import secrets
 import signal
 import socket
 import time
@@ -48,6 +49,7 @@ from protos.errors import Conflict, InvalidInput
 from protos.v1 import agent_pb2, operator_pb2, transfer_pb2
 
 DRAIN_SECONDS = 8.0
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Of glibc's malloc.h.
 M_ARENA_MAX = -8
 HEALTH_EVERY_SECONDS = 2.0
@@ -243,7 +245,12 @@ class Coordinator:
     async def _report_health(self) -> None:
         status = health_pb2.HealthCheckResponse
         while True:
-            reasons = await self._readiness.find_out()
+            try:
+                reasons = await self._readiness.find_out()
+            except Exception as error:
+                # A check that fails itself is no sign of health, and must not be the last one.
+                _log.exception("the readiness could not be found out")
+                reasons = [f"a check failed: {type(error).__name__}"]
             for name in ("", *(service.full_name for service in SERVICES)):
                 await self._health.set(name, status.NOT_SERVING if reasons else status.SERVING)
             await asyncio.sleep(HEALTH_EVERY_SECONDS)
@@ -288,12 +295,15 @@ def server_certificate(
 
 
 def replica_name(directory: Path) -> str:
-    """Names the coordinator of this data directory on this machine, whose lock says that there is only one.
+    """Names the coordinator that holds this very directory on this very machine; its lock says that there is only one.
 
-    Not a file in the directory: a copy of it, made for another replica, must not be the same replica.
+    A copy of the directory, or of the whole machine, is another replica. After a reboot it is a new one too: it then
+    waits until the silence of the old one is certain, like every other.
     """
-    host = socket.gethostname()
-    return f"{host[:40]}-{digest_of(f'{host}:{directory.resolve()}'.encode())[:8]}"
+    lock = (directory / "lock").stat()
+    boot = BOOT_ID.read_text() if BOOT_ID.exists() else secrets.token_hex(8)
+    which = digest_of(f"{boot}:{lock.st_dev}:{lock.st_ino}".encode())[:12]
+    return f"{socket.gethostname()[:40]}-{which}"
 
 
 def coordinator_version() -> str:

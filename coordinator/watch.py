@@ -195,7 +195,7 @@ def _work(task: TaskView) -> str:
 
 
 def _stage(task: TaskView) -> str:
-    stage = name_of(agent_pb2.Stage, task.progress.stage).lower()
+    stage = name_of(agent_pb2.Stage, task.progress.stage).lower().replace("_", " ")
     if task.state == operator_pb2.TASK_STATE_QUEUED:
         # Progress was told by a grant whose lease ran out.
         return f"silent, was {stage}" if stage else "has not taken it yet"

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 60.0
-STOP_SECONDS = 15.0
+# More than an agent may take for saving its training: stop_seconds in client_agent/settings.py.
+STOP_SECONDS = 45.0
 # Below every system's range for outgoing connections: else such a connection may take the port of a node that is down
 # for a moment, and the node cannot come back.
 PORTS = range(15_000, 32_000)

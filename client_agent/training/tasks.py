@@ -17,7 +17,15 @@ from typing import Protocol, TypeVar
 import torch
 
 from client_agent.settings import DataSet
-from client_agent.taskdir import FILES, UPDATE, TaskResult, TaskSpec
+from client_agent.taskdir import (
+    FILES,
+    ROOM_LOOK_SECONDS,
+    UPDATE,
+    TaskResult,
+    TaskSpec,
+    until_written,
+    wait_for_room,
+)
 from client_agent.training.checkpoints import Checkpoints
 from client_agent.training.classification import TextClassification, Tokens
 from client_agent.training.data import Split, fingerprint, read_rows
@@ -71,6 +79,8 @@ class Work:
     kind: TextClassification = field(init=False)
     device: torch.device = field(init=False)
     seconds: dict[str, float] = field(default_factory=dict, init=False)
+    # Steps of a training: done, and in all.
+    _reached: tuple[int, int] = field(default=(0, 0), init=False)
 
     def __post_init__(self) -> None:
         self.spec = jobspec.parse(self.task.spec)
@@ -89,6 +99,11 @@ class Work:
             case "evaluate":
                 return self._evaluate()
         raise InvalidInput(f"This trainer does not know tasks of kind {self.task.kind!r}.")
+
+    def wait_for_room(self) -> None:
+        """Says that the disk is full, and waits a moment. Raises when the task is to end."""
+        self.report("waiting_for_disk", *self._reached, "steps", {})
+        time.sleep(ROOM_LOOK_SECONDS)
 
     def _init(self) -> TaskResult:
         # Never the warm model: its head has been trained.
@@ -112,10 +127,16 @@ class Work:
         def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
             nonlocal here
             here += 1
+            self._reached = done, total
             if here == 1:
                 self._lap("first_step", since=self.began)
             self.report("training", done, total, "steps", metrics)
 
+        # The update has the tensors of the version. What an earlier sitting left of it would only take its room.
+        self._reached = 0, steps
+        update = self.directory / UPDATE
+        update.unlink(missing_ok=True)
+        wait_for_room(update, size_bytes=version.stat().st_size, waits=self.wait_for_room)
         start = time.monotonic()
         loss = train(
             model, tokens=tokens, task=self.kind, local=self.spec.local, steps=steps,
@@ -127,7 +148,10 @@ class Work:
         norm = update_norm(model, path=version)
         if not math.isfinite(norm):
             raise diverged("weights are no longer finite numbers")
-        write_tensors(model.federated, path=self.directory / UPDATE)
+        until_written(
+            lambda: write_tensors(model.federated, path=update), waits=self.wait_for_room,
+            partial=update.with_suffix(".new"),
+        )  # fmt: skip
         self._lap("save", since=start)
         metrics = {
             "loss": loss,
@@ -143,7 +167,11 @@ class Work:
         # The rows as the model sees them, so that a file that was only touched costs no training.
         rows = [digest_of(part.numpy().tobytes()) for part in (tokens.ids, tokens.starts, tokens.labels)]
         shapes = [(name, list(tensor.shape)) for name, tensor in model.federated.items()]
-        work = self.task.work_digest(rows=rows, tensors=shapes, device=self.device.type)
+        # Another number of threads or another torch adds up in another order: what was begun so is begun anew.
+        work = self.task.work_digest(
+            rows=rows, tensors=shapes, device=self.device.type, threads=torch.get_num_threads(),
+            torch=str(torch.__version__),
+        )  # fmt: skip
         return Checkpoints(
             self.directory, work, self.spec.local.checkpoint_seconds, pausing=self.pausing, warn=self.warn
         )

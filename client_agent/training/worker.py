@@ -6,7 +6,6 @@ events before any of them is imported, and whatever else is written to it goes t
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import queue
@@ -16,10 +15,11 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from client_agent.taskdir import Paused, read_spec, write_result
+from client_agent.taskdir import Paused, is_full, read_spec, until_written, write_result
 from client_agent.training.data import without_content
 from protos.errors import SilotuneError
 
@@ -111,7 +111,8 @@ def main() -> None:
                 read_spec(run.directory), run.directory, warm, Progress(run, control=control), run.received,
                 pausing=run.pausing.is_set, warn=lambda sentence: control.say("warning", sentence=sentence),
             )  # fmt: skip
-            write_result(run.directory, work.run())
+            save = partial(write_result, run.directory, work.run())
+            until_written(save, waits=work.wait_for_room)
         except Cancelled:
             control.say("cancelled")
         except Paused:
@@ -128,8 +129,8 @@ def main() -> None:
         except OSError as error:
             traceback.print_exc()
             reason = error.strerror or type(error).__name__
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            control.say("failed", reason=f"The trainer could not use its disk: {reason}.", hint="", full_disk=full)
+            sentence = f"The trainer could not use its disk: {reason}."
+            control.say("failed", reason=sentence, hint="", full_disk=is_full(error))
         except Exception as error:
             # Its text may quote a sample, so only the kind leaves the site. What is warm may be half changed.
             traceback.print_exc()

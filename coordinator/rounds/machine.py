@@ -102,7 +102,7 @@ def _judge(job: Job, facts: Facts) -> Transition | None:
         return Transition((SetBest(best), *mark), f"version {best} is the best so far by {job.spec.evaluation.metric}")
     if not judged:
         return None
-    which = ", ".join(str(version) for version in judged)
+    which = ", ".join(str(version) for version in judged) if len(judged) <= 5 else f"{judged[0]} to {judged[-1]}"
     kept = f"no better than version {best} by {job.spec.evaluation.metric}" if best is not None else "not measured"
     return Transition(mark, f"version {which} is {kept}")
 

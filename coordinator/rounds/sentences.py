@@ -81,10 +81,11 @@ def _not_at_it(task: Task, *, now: float, connected: bool) -> str:
     return f"has not taken {what} yet, offered {duration(now - task.queued_at)} ago"
 
 
-# Stages in which a site waits for people or for hours of the day, and is not expected to move.
+# Stages in which a site waits for people, for hours of the day or for its disk, and is not expected to move.
 _WAITING = {
     "APPROVING": "waits for its administrator to approve the job (`silotune-agent approvals` there)",
     "PAUSED": "is paused by its administrator or outside its hours",
+    "WAITING_FOR_DISK": "waits for room on its disk",
 }
 
 
@@ -94,7 +95,7 @@ def _doing(task: Task) -> str:
         return "has the task and is about to begin"
     if stage == "loading":
         return "loading the model"
-    if not task.total:
+    if not task.total or task.stage == "WAITING_FOR_DISK":
         return stage
     left = task.total - task.done
     stage += f" {100 * task.done / task.total:.0f} %"

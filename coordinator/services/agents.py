@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 
 import structlog
@@ -26,7 +27,7 @@ from coordinator.storage.blobs import BlobStore
 from coordinator.storage.store import Store
 from coordinator.storage.work import Grant, Result
 from protos import jobspec
-from protos.digests import digest_of
+from protos.digests import DIGEST, digest_of
 from protos.errors import InvalidInput, LeaseFenced
 from protos.metrics import METRICS, check_numbers
 from protos.v1 import agent_pb2 as pb
@@ -141,9 +142,9 @@ class AgentService:
         said = None if agent is None else _lasting(agent)
         # What has changed is noted at once: a site that has added rows may train on them in this very task.
         if now - at >= SEEN_EVERY_SECONDS or said not in (None, known):
-            self._seen[site] = now, said or known
             facts = None if agent is None else MessageToDict(agent, preserving_proto_field_name=True)
             await asyncio.to_thread(self._store.sites.see, site, agent=facts, now_unix_seconds=time.time())
+            self._seen[site] = now, said or known
 
     # --- reporting
 
@@ -189,7 +190,8 @@ class AgentService:
                 await self._reject(task, request.succeeded, reason=checked)
                 return self._answer(Fate.REJECTED, checked, request=request, site=site)
             result = checked
-        fate, reason = await asyncio.to_thread(work.finish, task_id, site=site, generation=generation, result=result)
+        finish = partial(work.finish, task_id, site=site, generation=generation, result=result)
+        fate, reason = await asyncio.to_thread(finish, sealed_size=self._blobs.size)
         return self._answer(fate, reason, request=request, site=site)
 
     async def _check(self, task: Task, succeeded: pb.Succeeded) -> Result | str:
@@ -210,7 +212,7 @@ class AgentService:
             task.id,
             site=task.site,
             generation=task.generation,
-            result=Result(digest=blob.digest[:64], size=blob.size),
+            result=Result(digest=blob.digest if DIGEST.fullmatch(blob.digest) else "", size=blob.size),
             reason=reason,
         )
 
@@ -228,8 +230,11 @@ class AgentService:
         return await asyncio.to_thread(self._renew, request.csr, caller)
 
     def _renew(self, csr: bytes, caller: Caller) -> pb.RenewCertificateResponse:
+        row = self._store.sites.get(caller.identity.name)
+        # A clock that was set back since must not give a certificate from before the enrollment.
+        enrolled = datetime.fromtimestamp(row.enrolled_unix_seconds, UTC) if row else utc_now()
         certificate = self._authority.sign_request(
-            csr, identity=caller.identity, valid_days=self._client_days, now=utc_now()
+            csr, identity=caller.identity, valid_days=self._client_days, now=max(utc_now(), enrolled)
         )
         self._store.sites.record_certificate(
             caller.identity.name, serial=certificate.serial, expires_unix_seconds=certificate.expires_unix_seconds

@@ -213,6 +213,8 @@ async def _while_admitted(admitted: Admitted) -> AsyncIterator[None]:
             except SilotuneError:
                 # The registry cannot be asked now, which is no reason to end what was let in.
                 continue
+            except Exception:
+                _log.exception("a call could not be checked")
 
     watching = asyncio.create_task(watch())
     try:

@@ -239,7 +239,8 @@ def _prepare_postgresql(connection, _record) -> None:  # type: ignore[no-untyped
     connection.execute(
         f"SET lock_timeout = '{LOCK_SECONDS}s'; "
         f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'; "
-        f"SET statement_timeout = '{STATEMENT_SECONDS}s'"
+        f"SET statement_timeout = '{STATEMENT_SECONDS}s'; "
+        "SET synchronous_commit = on"
     )
     connection.commit()
 

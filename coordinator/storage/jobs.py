@@ -239,6 +239,7 @@ class Jobs:
     def control(self, job_id: str, *, action: str, site: str = "", now_unix_seconds: float) -> None:
         """`action`: pause, resume, cancel or readmit; `site`: the one to readmit, all when empty.
 
+        A job that is in the wanted state already is left as it is: the answer to the first order may have been lost.
         Conflict when the job's state does not allow it; NotFound when the site is not set aside.
         """
         jobs, tasks = schema.jobs, schema.tasks
@@ -246,6 +247,8 @@ class Jobs:
         with self._database.write() as connection:
             mine = jobs.c.id == job_id
             before = s.JobState(connection.execute(select(jobs.c.state).where(mine)).scalar_one())
+            if before is new:
+                return
             if before not in allowed:
                 raise Conflict(f"Job {job_id} is {before.value.lower()}: it cannot be told to {action}.")
             values: dict[str, Any] = {"revision": jobs.c.revision + 1}

@@ -228,6 +228,8 @@ uploads = Table(
     Column("owner", String(63), primary_key=True),
     Column("digest", String(64), primary_key=True, index=True),
     Column("size", BigInteger, nullable=False),
+    # A result was handed in with it: for another result the owner uploads it again.
+    Column("recorded", Boolean, nullable=False, default=False, server_default="0"),
 )
 
 # What is true of this database as a whole, such as which blob store belongs to it.

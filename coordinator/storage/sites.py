@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Row, case, insert, select, update
 
 from coordinator.storage import schema
 from coordinator.storage.database import Database
@@ -85,8 +85,15 @@ class Sites:
             )
             won = connection.execute(select(invitations).where(mine, invitations.c.used_by_key == key_hash)).all()
             values = {"certificate_serial": serial, "certificate_expires_unix_seconds": expires_unix_seconds}
-            if first.rowcount:
-                values["enrolled_unix_seconds"] = now_unix_seconds
+            # A repeat at a replica whose clock is behind must not give a certificate from before its enrollment.
+            values["enrolled_unix_seconds"] = (
+                now_unix_seconds
+                if first.rowcount
+                else case(
+                    (sites.c.enrolled_unix_seconds > now_unix_seconds, now_unix_seconds),
+                    else_=sites.c.enrolled_unix_seconds,
+                )
+            )
             # A site that was revoked meanwhile must not come back by repeating its enrollment.
             known = connection.execute(
                 update(sites)

@@ -36,18 +36,15 @@ class Uploads:
             # In this transaction: the one that deletes blobs cannot run beside it (storage/garbage.py).
             if sealed_size(digest) != size:
                 raise Unavailable(f"The blob {digest[:16]} is not here any more.", hint="The upload begins anew.")
-            known = connection.execute(select(schema.uploads).where(_upload(owner, digest))).first()
-            if known is None:
-                connection.execute(insert(schema.uploads).values(owner=owner, digest=digest, size=size))
+            connection.execute(schema.uploads.delete().where(_upload(owner, digest)))
+            connection.execute(insert(schema.uploads).values(owner=owner, digest=digest, size=size))
 
     def known(self, owner: str, digests: Collection[str]) -> set[str]:
-        """Which of these blobs this owner has handed in; says nothing of anybody else's."""
+        """Which of these blobs this owner has uploaded for a result to come; says nothing of anybody else's."""
         uploads = schema.uploads
+        mine = and_(uploads.c.owner == owner, uploads.c.digest.in_(tuple(digests)), ~uploads.c.recorded)
         with self._database.read() as connection:
-            rows = connection.execute(
-                select(uploads.c.digest).where(uploads.c.owner == owner, uploads.c.digest.in_(tuple(digests)))
-            )
-            return {row.digest for row in rows}
+            return set(connection.execute(select(uploads.c.digest).where(mine)).scalars())
 
     def readable(self, identity: Identity, digest: str) -> Readable | None:
         """The blob's size, when this identity may read it now: sites what a live task names, the operator models."""

@@ -7,7 +7,7 @@ one got.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, and_, case, insert, or_, select, update
 from coordinator.rounds.state import Fate, JobState, Phase, Task, TaskKind, TaskState
 from coordinator.storage import schema
 from coordinator.storage.database import Database
-from protos.errors import AlreadyExists, LeaseFenced, NotFound
+from protos.errors import AlreadyExists, Conflict, LeaseFenced, NotFound
 
 # A task that failed this often is not offered again: see rounds.machine.MAX_FAILURES.
 HOPELESS = 1000
@@ -130,10 +130,13 @@ class Work:
             raise _fenced(task_id)
         return task_of(row)
 
-    def finish(self, task_id: str, *, site: str, generation: int, result: Result) -> tuple[Fate, str]:
+    def finish(
+        self, task_id: str, *, site: str, generation: int, result: Result, sealed_size: Callable[[str], int | None]
+    ) -> tuple[Fate, str]:
         """Records a result once: an update counts by (job, round, site) and its digest.
 
-        LeaseFenced, NotFound; AlreadyExists when another result of this task is recorded.
+        LeaseFenced, NotFound; AlreadyExists when another result of this task is recorded; Conflict when `sealed_size`
+        does not know a blob of it.
         """
         with self._database.write() as connection:
             row = _own(connection, task_id, site=site)
@@ -144,6 +147,8 @@ class Work:
                 raise _fenced(task_id)
             task = task_of(row)
             if task.state.open:
+                # In this transaction: the one that deletes blobs cannot run beside it (storage/garbage.py).
+                _check_sealed(result, sealed_size)
                 self._end(connection, task, TaskState.SUCCEEDED, "", result=result)
                 fate, reason = _record(connection, task, result)
             elif _may_be_asked_again(connection, task):
@@ -272,6 +277,23 @@ def _measure(progress: Mapping[str, Any]) -> tuple[object, ...]:
     return tuple(progress.get(key) for key in ("stage", "done", "total"))
 
 
+def _check_sealed(result: Result, sealed_size: Callable[[str], int | None]) -> None:
+    for digest in _blobs_of(result):
+        if sealed_size(digest) is None:
+            raise Conflict(f"The blob {digest[:16]} is not here any more.", hint="Upload it again, then report again.")
+
+
+def _blobs_of(result: Result) -> list[str]:
+    return [digest for digest in (result.digest, *(digest for _, digest, _ in result.files)) if digest]
+
+
+def _note_recorded(connection: Connection, task: Task, result: Result) -> None:
+    """The uploads have become a result."""
+    uploads = schema.uploads
+    mine = and_(uploads.c.owner == task.site, uploads.c.digest.in_(_blobs_of(result)))
+    connection.execute(update(uploads).where(mine).values(recorded=True))
+
+
 def _recorded(connection: Connection, row: Row[Any], result: Result) -> tuple[Fate, str] | None:
     """The answer that this result got before, if it was handed in before."""
     if row.kind == TaskKind.TRAIN.value:
@@ -312,6 +334,7 @@ def _record(connection: Connection, task: Task, result: Result) -> tuple[Fate, s
         connection.execute(schema.files.delete().where(schema.files.c.job_id == task.job_id))
         for name, digest, size in result.files:
             connection.execute(insert(schema.files).values(job_id=task.job_id, name=name, digest=digest, size=size))
+        _note_recorded(connection, task, result)
     else:
         collecting = connection.execute(
             select(schema.rounds.c.phase).where(
@@ -328,11 +351,17 @@ def _record(connection: Connection, task: Task, result: Result) -> tuple[Fate, s
 
 
 def _may_be_asked_again(connection: Connection, task: Task) -> bool:
-    rounds = schema.rounds
-    phase = connection.execute(
-        select(rounds.c.phase).where(rounds.c.job_id == task.job_id, rounds.c.number == task.round)
-    ).scalar()
-    return task.kind is TaskKind.TRAIN and phase in (Phase.SELECTING.value, Phase.COLLECTING.value)
+    rounds, jobs = schema.rounds, schema.jobs
+    now = connection.execute(
+        select(rounds.c.phase, jobs.c.state)
+        .join(jobs, jobs.c.id == rounds.c.job_id)
+        .where(rounds.c.job_id == task.job_id, rounds.c.number == task.round)
+    ).first()
+    if now is None or task.kind is not TaskKind.TRAIN:
+        return False
+    # A failed job may be resumed, and then this round is the one that goes on.
+    failed = now.phase == Phase.FAILED.value and now.state == JobState.FAILED.value
+    return failed or now.phase in (Phase.SELECTING.value, Phase.COLLECTING.value)
 
 
 def _standing(task: Task):  # type: ignore[no-untyped-def]
@@ -373,3 +402,4 @@ def _insert_update(connection: Connection, task: Task, result: Result, *, fate: 
             seconds=dict(result.seconds),
         )
     )
+    _note_recorded(connection, task, result)

@@ -25,6 +25,7 @@ class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_EVALUATING: _ClassVar[Stage]
     STAGE_UPLOADING: _ClassVar[Stage]
     STAGE_PAUSED: _ClassVar[Stage]
+    STAGE_WAITING_FOR_DISK: _ClassVar[Stage]
 
 class Fate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -44,6 +45,7 @@ STAGE_TRAINING: Stage
 STAGE_EVALUATING: Stage
 STAGE_UPLOADING: Stage
 STAGE_PAUSED: Stage
+STAGE_WAITING_FOR_DISK: Stage
 FATE_UNSPECIFIED: Fate
 FATE_ACCEPTED: Fate
 FATE_REJECTED: Fate

@@ -32,7 +32,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.inside and _has_own_world():
         # Processes, mounts and ports of their own: nothing outlives this, however it ends, and nothing interferes.
-        return subprocess.run([*OWN_WORLD, sys.executable, "-m", "tests.chaos", *sys.argv[1:], INSIDE]).returncode
+        os.execvp(OWN_WORLD[0], [*OWN_WORLD, sys.executable, "-m", "tests.chaos", *sys.argv[1:], INSIDE])
     if options.inside:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     seeds = options.only or range(options.seed0, options.seed0 + options.seeds)

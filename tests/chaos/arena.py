@@ -7,11 +7,15 @@ machine lacks (root, network namespaces, libfaketime) is named in `missing`, wit
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import random
+import secrets
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +39,7 @@ methods = ["full"]
 LEASE_SECONDS = 2
 RESERVE_BYTES = 500_000
 RESPAWN_SECONDS = 0.5
+EXCUSED_SECONDS = 15.0
 LIBRARIES = ("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
 COORDINATOR_DISK_MB, AGENT_DISK_MB = 700, 96
 FILLER = "filler"
@@ -65,6 +70,8 @@ class Arena:
     down: dict[str, Down] = field(default_factory=dict)
     # While a fault is on that may end a process by itself, such as a full disk.
     excuses: int = 0
+    # When the last such fault was over: a process that began during it may end a little later.
+    excused: float = -math.inf
     # Servers of the store that a fault has taken away.
     away: set[str] = field(default_factory=set)
     # Nodes under strace, which kills them at their n-th sync, and what it has done since the last run began.
@@ -140,11 +147,10 @@ class Arena:
 
     def _make_namespace(self) -> str:
         """Makes the namespace of one site, joined to this one by a cable; the address of this end, "" without."""
-        self.namespace = f"silotune-{os.getpid()}"
+        number = random.randrange(20, 250)
+        self.namespace, self.cable = f"silotune-{secrets.token_hex(4)}", f"silotune{number}"
         if self.missing.get("namespace"):
             return ""
-        number = os.getpid() % 200 + 20
-        self.cable = f"st{os.getpid()}"
         here, there = f"{NAMESPACE_NET}.{number}.1", f"{NAMESPACE_NET}.{number}.2"
         self.ends = (here, there)
         inside = ["ip", "netns", "exec", self.namespace, "ip"]
@@ -231,7 +237,7 @@ class Arena:
                 self.crashed.append(Injected(Fault(kind, name, When(0, "at a sync")), time.time()))
                 expected = self.down[name] = Down(0.0)
             if expected is None:
-                if not self.excuses:
+                if not self.excuses and now - self.excused > EXCUSED_SECONDS:
                     self.unexplained.append(f"{name} ended by itself with status {status}:\n{node.tail(30)}")
                 expected = self.down[name] = Down(RESPAWN_SECONDS)
             if expected.ended is None:
@@ -255,6 +261,16 @@ class Arena:
         self.crashed.clear()
         self.traced = {name: sync} if sync else {}
         self.settle()
+
+    @contextlib.contextmanager
+    def excusing(self) -> Iterator[None]:
+        """While this lasts a node may end by itself; it is started again."""
+        self.excuses += 1
+        try:
+            yield
+        finally:
+            self.excuses -= 1
+            self.excused = time.monotonic()
 
     def use_clocks(self, names: set[str]) -> None:
         """From now on these nodes, and no others, have a clock that can be stepped; those that change start anew."""

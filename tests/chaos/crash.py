@@ -9,6 +9,7 @@ the judge must find nothing. A pass ends when the job does so without having com
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -36,12 +37,12 @@ def missing() -> str:
     return f"strace does not work here: {done.stderr.strip()}" if done.returncode else ""
 
 
-def scenario(number: int, *, rounds: int = 1) -> Scenario:
+def scenario(number: int) -> Scenario:
     return Scenario(
         seed=number,
         engine="sqlite",
         sites=SITES,
-        rounds=rounds,
+        rounds=2,
         payload_mb=0.3,
         train_seconds=0.0,
         steps=2,
@@ -84,6 +85,8 @@ def main() -> int:
     if why := missing():
         print(f"SKIPPED: {why}")
         return 0
+    # Children are started while gRPC has threads.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     report = Report("sqlite, crashes at syncs")
     directory = Path(tempfile.mkdtemp(prefix="silotune-crash-"))
     try:

@@ -90,12 +90,13 @@ def _signal_all(processes: list[psutil.Process], number: int) -> None:
 
 
 def _fill(arena: Arena, fault: Fault) -> Undo:
-    arena.excuses += 1
+    excuse = arena.excusing()
+    excuse.__enter__()
     arena.fill(fault.target, leaving_bytes=fault.amount)
 
     def undo() -> None:
         arena.empty(fault.target)
-        arena.excuses -= 1
+        excuse.__exit__(None, None, None)
 
     return undo
 
@@ -115,14 +116,15 @@ def _storage(arena: Arena, fault: Fault) -> Undo:
     }[fault.kind]
     if arena.away & {fault.target}:
         raise NotNow
-    arena.excuses += 1
+    excuse = arena.excusing()
+    excuse.__enter__()
     arena.away.add(fault.target)
     do()
 
     def back() -> None:
         undo()
         arena.away.discard(fault.target)
-        arena.excuses -= 1
+        excuse.__exit__(None, None, None)
 
     return back
 

@@ -9,7 +9,7 @@ import pytest
 from coordinator.rounds import state as s
 from coordinator.storage.store import Store
 from coordinator.storage.work import Result
-from protos.errors import Conflict, NotFound
+from protos.errors import Conflict, LeaseFenced, NotFound
 from protos.identity import Role
 from tests.contract.conftest import NOW, enroll
 from tests.contract.test_garbage import Federation
@@ -52,6 +52,22 @@ def test_a_failed_job_is_resumed_where_it_failed_and_keeps_what_was_accepted(sto
     aggregated(store, 1, "1")
     drive(store)
     assert store.views.job("j").head_version == 1
+
+
+def test_a_result_that_is_ready_when_its_job_has_failed_stays_at_the_site_until_the_job_is_resumed(
+    store: Store,
+) -> None:
+    begun(store, "a", "b", spec=recipe(cohort=ONCE))
+    task = grant(store, "b").task
+    store.jobs.tick("j", elapsed_seconds=101)
+    drive(store)
+    assert state(store) is s.JobState.FAILED
+    late = Result(digest="c" * 64, size=8, examples=10, steps=1)
+    with pytest.raises(LeaseFenced):
+        store.work.finish(task.id, site="b", generation=task.generation, result=late)
+    control(store, "resume")
+    drive(store)
+    assert finish(store, "b", "c")[0] is s.Fate.ACCEPTED
 
 
 def test_the_updates_of_a_failed_job_are_no_garbage_until_it_is_cancelled(store: Store, tmp_path: Path) -> None:
@@ -137,7 +153,7 @@ def test_what_a_failed_job_was_measuring_is_measured_when_it_goes_on(store: Stor
 def test_what_is_over_for_good_is_neither_resumed_nor_readmitted(store: Store) -> None:
     begun(store, "a", "b")
     control(store, "cancel")
-    for action in ("resume", "readmit", "pause", "cancel"):
+    for action in ("resume", "readmit", "pause"):
         with pytest.raises(Conflict, match="is cancelled"):
             control(store, action)
 

@@ -60,3 +60,6 @@ def test_a_new_enrollment_ends_the_certificates_of_the_one_before(store: Store) 
     assert (after := store.sites.get("a")) is not None and after.enrolled_unix_seconds == NOW + 50
     store.sites.redeem("2", key_hash="key", **{**later, "now_unix_seconds": NOW + 55})
     assert (again := store.sites.get("a")) is not None and again.enrolled_unix_seconds == NOW + 50
+    # Repeated at a replica whose clock is behind: the certificate that it gives must not be from before the enrollment.
+    store.sites.redeem("2", key_hash="key", **{**later, "now_unix_seconds": NOW + 40})
+    assert (behind := store.sites.get("a")) is not None and behind.enrolled_unix_seconds == NOW + 40

@@ -301,7 +301,16 @@ def test_a_paused_job_uses_up_no_time_and_gives_no_work(store: Store) -> None:
     store.jobs.control("j", action="resume", now_unix_seconds=NOW)
     assert store.views.job("j").service_seconds == 0.0
     assert grant(store, "a").task.round == 1
-    with pytest.raises(Conflict):
+
+
+def test_an_order_whose_answer_was_lost_may_be_given_again_and_changes_nothing_more(store: Store) -> None:
+    begun(store, "a", "b")
+    for action in ("pause", "resume", "cancel"):
+        store.jobs.control("j", action=action, now_unix_seconds=NOW)
+        before = store.jobs.facts("j", now_unix_seconds=NOW), store.views.events("j", after_id=0)
+        store.jobs.control("j", action=action, now_unix_seconds=NOW + 1)
+        assert (store.jobs.facts("j", now_unix_seconds=NOW), store.views.events("j", after_id=0)) == before
+    with pytest.raises(Conflict, match="is cancelled: it cannot be told to resume"):
         store.jobs.control("j", action="resume", now_unix_seconds=NOW)
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
+import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coordinator.client import OperatorClient, facts, load_profile
 from deploy.local import LocalFederation
+from protos.v1 import operator_pb2
 
 SITE_TOML = """\
 [http]
@@ -40,12 +46,42 @@ class Jobs:
         return self.federation.silotune("job", "submit", str(path))["job_id"]
 
     def show(self, job: str) -> dict[str, Any]:
-        return self.federation.job(job)
+        """What `silotune job show` prints, without the seconds that a process takes on a busy machine."""
+        with OperatorClient(load_profile(str(self.federation.profile))) as client:
+            found = facts(client.ask("GetJob", operator_pb2.GetJobRequest(job=job, last_rounds=1000)))
+        return {**found, "spec": json.loads(found["spec_json"])}
 
-    def wait(self, job: str, what: Callable[[dict[str, Any]], Any], *, saying: str, seconds: float = 60) -> Any:
+    def wait(self, job: str, what: Callable[[dict[str, Any]], Any], *, saying: str, seconds: float = 300) -> Any:
         return self.federation.wait_for(lambda: what(self.show(job)), seconds=seconds, saying=saying)
 
-    def end(self, job: str, *, seconds: float = 90) -> dict[str, Any]:
+    def lines(self, site: str, job: str, what: str) -> list[str]:
+        """What the site's log says of its trainings for the job, in lines with the text `what`."""
+        return [
+            line
+            for line in self.federation.nodes[site].log.read_text().splitlines()
+            if what in line and _named(line, "job") == job and _named(line, "task") == "train"
+        ]
+
+    def trained(self, site: str, job: str) -> list[int]:
+        """The rounds that the site's trainer has begun, each as often as it has."""
+        return [int(_named(line, "round")) for line in self.lines(site, job, "The trainer begins.")]
+
+    def kill_in_training(self, site: str, job: str, *, round_number: int = 1, number: int = signal.SIGKILL) -> None:
+        """Kills, or stops, the site's agent while its trainer works for the round.
+
+        A whole cohort that is its own quorum cannot end that round then, however long the test takes for what it does.
+        """
+        self.federation.wait_for(
+            lambda: round_number in self.trained(site, job),
+            seconds=300,
+            saying=f"training at {site}",
+            poll_seconds=0.05,
+        )
+        self.federation.nodes[site].kill(number)
+        assert not self.lines(site, job, "The task succeeded.")[round_number - 1 :], "it was killed too late"
+        assert self.show(job)["job"]["state"] == "RUNNING"
+
+    def end(self, job: str, *, seconds: float = 300) -> dict[str, Any]:
         """The job's facts once it has ended."""
 
         def ended(shown: dict[str, Any]) -> dict[str, Any] | None:
@@ -65,17 +101,57 @@ class Jobs:
 
 
 def start(directory: Path, *sites: str, settings: dict[str, dict[str, Any]] | None = None) -> LocalFederation:
+    """The coordinator and an agent for each of `sites`."""
     federation = LocalFederation(directory, settings=settings or FAST)
-    federation.init()
-    federation.start_coordinator()
-    for name in sites:
-        federation.enroll(name, site_toml=SITE_TOML)
-    for name in sites:
-        federation.start_agent(name, wait=False)
+    try:
+        federation.init()
+        federation.start_coordinator()
+        begin(federation, *sites)
+    except BaseException:
+        federation.stop()
+        raise
     return federation
 
 
-@pytest.fixture
-def three_sites(tmp_path: Path) -> Iterator[Jobs]:
-    with start(tmp_path, "alfa", "bravo", "charlie") as federation:
+def begin(federation: LocalFederation, *sites: str, coordinators: Callable[[str], str] = lambda _: "") -> None:
+    """Enrolls and starts sites, several at a time; `coordinators` says what each of them dials."""
+
+    def enroll(name: str) -> None:
+        federation.enroll(name, site_toml=SITE_TOML, coordinator=coordinators(name))
+
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        list(pool.map(enroll, sites))
+    for name in sites:
+        federation.start_agent(name, wait=False)
+
+
+def _named(line: str, key: str) -> str:
+    """A value of a log line, in text or in JSON."""
+    found = re.search(rf'\b{key}(?:=|": "?)([^\s",]+)', line)
+    return found[1] if found else ""
+
+
+@pytest.fixture(scope="module")
+def module_sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """One federation for all tests of a module."""
+    with start(tmp_path_factory.mktemp("three-sites"), "alfa", "bravo", "charlie") as federation:
         yield Jobs(federation)
+
+
+@pytest.fixture
+def three_sites(module_sites: Jobs) -> Iterator[Jobs]:
+    """The same; what a test leaves behind, also when it fails, does not fail the next."""
+    yield module_sites
+    federation = module_sites.federation
+    for name, node in list(federation.nodes.items()):
+        if node.process.poll() is None:
+            node.kill(signal.SIGCONT)
+        elif name == "coordinator":
+            federation.start_coordinator()
+        else:
+            federation.start_agent(name, wait=False)
+    with OperatorClient(load_profile(str(federation.profile))) as client:
+        for job in client.ask("ListJobs", operator_pb2.ListJobsRequest()).jobs:
+            if job.state in (operator_pb2.JOB_STATE_SUBMITTED, operator_pb2.JOB_STATE_RUNNING):
+                action = operator_pb2.ControlJobRequest(job=job.id, action=operator_pb2.JOB_ACTION_CANCEL)
+                client.ask("ControlJob", action)

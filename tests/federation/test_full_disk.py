@@ -81,7 +81,7 @@ def test_a_full_disk_stops_what_is_new_loses_nothing_and_everything_goes_on_when
         def why() -> str:
             return federation.run("silotune", "job", "why", rough, "--profile", str(federation.profile))
 
-        federation.wait_for(lambda: what in why(), seconds=60, saying=f"{what!r} in the job's sentence")
+        federation.wait_for(lambda: what in why(), seconds=300, saying=f"{what!r} in the job's sentence")
 
     says("waits for room on the coordinator's disk")
     before = two_sites.show(rough)

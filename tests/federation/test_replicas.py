@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import re
 import signal
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from deploy.local import LocalFederation, Node
-from tests.federation.conftest import SITE_TOML, Jobs
+from tests.federation.conftest import Jobs, begin
 from tests.servers.postgres import postgres
 from tests.servers.s3 import s3
 
 REPLICAS = ("coordinator", "second", "third")
 SITES = ("alfa", "bravo", "charlie")
-ALL = "quorum = 3\ngather_seconds = 60\nround_deadline_seconds = 300\nstall_limit_seconds = 300"
+ALL = "quorum = 3\ngather_seconds = 600\nround_deadline_seconds = 3600\nstall_limit_seconds = 3600"
+SLOW = "payload_mb = 12\ntrain_seconds = 2"
 
 
-@pytest.fixture
-def replicated(tmp_path: Path) -> Iterator[Jobs]:
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    tmp_path = tmp_path_factory.mktemp("replicated")
     with postgres(tmp_path) as database, s3(tmp_path) as bucket:
         storage = {
             "database": database.create("silotune"),
@@ -40,11 +40,13 @@ def replicated(tmp_path: Path) -> Iterator[Jobs]:
                 federation.wait_for(lambda node=node: is_ready(node), seconds=60, saying=f"{node.name} being ready")
             profile = federation.profile / "profile.toml"
             profile.write_text(profile.read_text().replace(federation.address, ",".join(addresses)))
-            for position, name in enumerate(SITES):
-                # Each agent prefers another replica.
-                mine = ",".join(addresses[position:] + addresses[:position])
-                federation.enroll(name, site_toml=SITE_TOML, coordinator=mine)
-                federation.start_agent(name, wait=False)
+
+            def mine(name: str) -> str:
+                """Each agent prefers another replica."""
+                position = SITES.index(name)
+                return ",".join(addresses[position:] + addresses[:position])
+
+            begin(federation, *SITES, coordinators=mine)
             yield Jobs(federation)
 
 
@@ -67,50 +69,38 @@ def drivers(federation: LocalFederation, job: str) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
-def trainings(federation: LocalFederation, job: str) -> Counter[tuple[str, str]]:
-    """How often each (site, round) of the job was trained, by the sites' own logs."""
-    count: Counter[tuple[str, str]] = Counter()
-    for name in SITES:
-        for line in federation.nodes[name].log.read_text().splitlines():
-            if '"The trainer begins."' in line and f'"{job}"' in line and '"train"' in line:
-                round_number = re.search(r'"round": (\d+)', line)
-                assert round_number
-                count[name, round_number[1]] += 1
-    return count
+def another_driver(federation: LocalFederation, job: str, *, than: str) -> None:
+    federation.wait_for(lambda: drivers(federation, job)[-1] != than, seconds=300, saying="another driver")
 
 
 def test_killing_the_driver_again_and_again_repeats_nothing_and_changes_no_bit(replicated: Jobs) -> None:
     federation = replicated.federation
-    calm = replicated.submit(rounds=3, task="payload_mb = 1", cohort=ALL)
-    assert replicated.end(calm)["job"]["state"] == "COMPLETED"
-
-    rough = replicated.submit(rounds=3, task="payload_mb = 12\ntrain_seconds = 4", cohort=ALL)
-    twin = replicated.submit(rounds=3, task="payload_mb = 12", cohort=ALL)
+    rough = replicated.submit(rounds=3, task=SLOW, cohort=ALL)
     for number in (1, 2):
-        replicated.wait(rough, lambda shown, number=number: shown["job"]["round"] >= number, saying=f"round {number}")
+        replicated.kill_in_training("charlie", rough, round_number=number, number=signal.SIGSTOP)
         driver = drivers(federation, rough)[-1]
         federation.nodes[driver].kill(signal.SIGKILL)
-        federation.wait_for(
-            lambda before=driver: drivers(federation, rough)[-1] != before, seconds=60, saying="another driver"
-        )
-        federation.start_coordinator(driver)
+        another_driver(federation, rough, than=driver)
+        federation.nodes["charlie"].kill(signal.SIGCONT)
+        federation.start_coordinator(driver, wait=False)
+    twin = replicated.submit(rounds=3, task="payload_mb = 12", cohort=ALL)
     for job in (rough, twin):
-        assert replicated.end(job, seconds=180)["job"]["state"] == "COMPLETED"
+        assert replicated.end(job)["job"]["state"] == "COMPLETED"
     assert replicated.digest(rough, 3) == replicated.digest(twin, 3)
     assert len(set(drivers(federation, rough))) >= 2
-    assert trainings(federation, rough) == Counter({(site, str(n)): 1 for site in SITES for n in (1, 2, 3)})
+    for site in SITES:
+        assert replicated.trained(site, rough) == [1, 2, 3]
 
 
 def test_a_stopped_driver_that_goes_on_after_it_was_replaced_changes_nothing(replicated: Jobs) -> None:
     federation = replicated.federation
-    job = replicated.submit(rounds=2, task="payload_mb = 1\ntrain_seconds = 4", cohort=ALL)
-    replicated.wait(job, lambda shown: shown["job"]["round"] >= 1, saying="round 1")
+    job = replicated.submit(rounds=2, task=SLOW, cohort=ALL)
+    replicated.kill_in_training("charlie", job, number=signal.SIGSTOP)
     driver = drivers(federation, job)[-1]
     federation.nodes[driver].kill(signal.SIGSTOP)
-    federation.wait_for(
-        lambda: drivers(federation, job)[-1] != driver, seconds=90, saying="another driver"
-    )  # fmt: skip
-    federation.nodes[driver].kill(signal.SIGCONT)
-    shown = replicated.end(job, seconds=180)
+    another_driver(federation, job, than=driver)
+    for name in (driver, "charlie"):
+        federation.nodes[name].kill(signal.SIGCONT)
+    shown = replicated.end(job)
     assert shown["job"]["state"] == "COMPLETED"
     assert [sorted(u["site"] for u in r["updates"]) for r in shown["rounds"] if r["number"]] == [list(SITES)] * 2

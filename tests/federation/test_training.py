@@ -51,7 +51,7 @@ learning_rate = {rate}
 [cohort]
 sites = {sites}
 quorum = {quorum}
-gather_seconds = 60
+gather_seconds = 600
 
 [evaluation]
 where = ["house"]
@@ -173,7 +173,7 @@ def test_it_learns_and_the_export_gives_the_reported_accuracy_without_silotune(
 ) -> None:
     name = "full" if "full" in method else "lora"
     job = submit(hospital, name, method=method, sites=["parquet", "latin", "partial"], rounds=6, steps=40, rate=rate)
-    shown = hospital.end(job, seconds=240)
+    shown = hospital.end(job)
     assert shown["job"]["state"] == "COMPLETED", shown["job"]["sentence"]
     accuracy = {(entry["version"], entry["split"]): entry["metrics"]["accuracy"] for entry in shown["evaluations"]}
     best = shown["job"]["best_version"]
@@ -204,12 +204,16 @@ def kill_trainer_in_mid_training(jobs: Jobs, site: str, directory: Path) -> int:
     def trainers() -> list[psutil.Process]:
         return [child for child in psutil.Process(agent.pid).children() if "client_agent.tether" in child.cmdline()]
 
-    (trainer,) = jobs.federation.wait_for(trainers, seconds=60, saying="a trainer", poll_seconds=0.01)
-    # In short turns, so that it cannot have finished before it is looked at.
-    while not checkpoint_step(directory):
+    (trainer,) = jobs.federation.wait_for(trainers, seconds=300, saying="a trainer", poll_seconds=0.01)
+
+    def step_after_a_short_turn() -> int:
+        """So that it cannot have finished before it is looked at."""
         trainer.resume()
         time.sleep(0.05)
         trainer.suspend()
+        return checkpoint_step(directory)
+
+    jobs.federation.wait_for(step_after_a_short_turn, seconds=300, saying="a checkpoint", poll_seconds=0)
     assert read_result(directory) is None
     trainer.kill()
     return checkpoint_step(directory)
@@ -219,16 +223,17 @@ def test_one_site_and_one_round_equal_local_training_bit_for_bit_although_the_tr
     hospital: Jobs, tmp_path: Path
 ) -> None:
     federation = hospital.federation
-    # A trainer that is warm since an earlier job is gone after this.
+    # A trainer that is warm since an earlier job is gone after this; the new one begins when the test looks for it.
     federation.nodes["parquet"].kill(signal.SIGKILL)
-    log = federation.start_agent("parquet", wait=False).log
+    log = federation.nodes["parquet"].log
     before = log.read_text().count("The trainer begins.")
     job = submit(
-        hospital, "alone", method='type = "full"', sites=["parquet"], rounds=1, steps=60, rate=1e-3,
+        hospital, "alone", method='type = "full"', sites=["parquet"], rounds=1, steps=120, rate=1e-3,
         checkpoints="checkpoint_seconds = 0.000001",
     )  # fmt: skip
+    federation.start_agent("parquet", wait=False)
     saved = kill_trainer_in_mid_training(hospital, "parquet", federation.home("parquet") / "tasks" / f"{job}-1-train")
-    shown = hospital.end(job, seconds=120)
+    shown = hospital.end(job)
     assert shown["job"]["state"] == "COMPLETED", shown["job"]["sentence"]
     begun = [line for line in log.read_text().splitlines() if "The trainer begins." in line][before:]
     assert len(begun) == 2 and f"resumed_step={saved}" in begun[1], "no step before the checkpoint is repeated"
@@ -276,7 +281,7 @@ def test_a_wrong_row_fails_in_one_sentence_that_names_it(hospital: Jobs) -> None
     path.write_text(good + '{"text": "a new kind", "label": "imaging"}\n')
     try:
         job = submit(hospital, "wrong", method='type = "full"', sites=["partial"], rounds=1, steps=1, rate=1e-3)
-        shown = hospital.end(job, seconds=120)
+        shown = hospital.end(job)
         assert shown["job"]["state"] == "FAILED"
         assert "Data set 'notes', row 81: the label (kept at the site)" in shown["job"]["sentence"]
         assert "imaging" not in shown["job"]["sentence"], "what a cell holds stays at the site"

@@ -108,6 +108,8 @@ class Coordinator:
         self.authority = Authority()
         # Who signed the coordinator's own certificate.
         self.server_authority = self.authority
+        # Who signs the certificates that enrollment answers with.
+        self.client_authority = self.authority
         self.address = ""
         self.enrollment_address = ""
         self.tasks: list[agent_pb2.Task] = []
@@ -185,7 +187,7 @@ class Coordinator:
         if self.lose_enrollment_answers:
             self.lose_enrollment_answers -= 1
             raise Unavailable("The answer is lost.")
-        certificate = self.authority.sign(request.csr, name="st-olav", days=self.certificate_days)
+        certificate = self.client_authority.sign(request.csr, name="st-olav", days=self.certificate_days)
         return agent_pb2.EnrollResponse(name="st-olav", certificate=certificate)
 
     def _check_lease(self, task_id: str, generation: int) -> None:

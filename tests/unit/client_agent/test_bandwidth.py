@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 from pydantic import ValidationError
 
-from client_agent.bandwidth import SMALLEST_FRAME_BYTES, UNLIMITED, Pace, Rates, rates_at
+from client_agent.bandwidth import SMALLEST_FRAME_BYTES, UNLIMITED, Pace, Rates, closed_at, rates_at
 from client_agent.settings import LOWEST_MBIT, Network, NetworkWindow
 from client_agent.transfers import STALL_SECONDS
 from protos.frames import FRAME_BYTES
@@ -96,6 +96,15 @@ def test_windows_change_the_rates_and_what_they_do_not_name_stays() -> None:
     assert str(rates_at(network, friday)) == "sending 5 Mbit/s, receiving 20 Mbit/s"
 
 
+def test_outside_the_hours_for_transfers_it_is_said_until_when() -> None:
+    nights = Network(hours=("Mon-Fri 19:00-06:00", "Sat-Sun 00:00-24:00"))
+    noon = datetime(2024, 1, 5, 12)
+    hours = "(Mon-Fri 19:00-06:00, Sat-Sun 00:00-24:00)"
+    assert closed_at(nights, noon) == f"It is outside this site's hours for transfers {hours} until Fri 19:00."
+    assert closed_at(nights, noon.replace(hour=19)) == ""
+    assert closed_at(Network(), noon) == ""
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -106,6 +115,7 @@ def test_windows_change_the_rates_and_what_they_do_not_name_stays() -> None:
         {"proxy": "http://proxy"},
         {"keepalive_seconds": 1},
         {"windows": [{"hours": "all day"}]},
+        {"hours": ["all day"]},
     ],
 )
 def test_a_network_that_cannot_work_is_refused(wrong: dict[str, object]) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from client_agent.checks import Finding, all_findings
 from client_agent.home import Home
 from client_agent.models import Models
@@ -58,6 +60,36 @@ async def test_limits_and_hours_are_told(home: Home) -> None:
     rates = "now sending 5 Mbit/s, receiving 20 Mbit/s; other rates may hold at 00:00-24:00"
     assert limited["bandwidth"].sentence == rates
     assert limited["hours"].sentence == "the trainer may work now; its hours are 00:00-24:00"
+
+
+async def test_hours_of_transfers_are_told_and_until_when_they_are_shut(home: Home) -> None:
+    prepare(home)
+    home.site_file.write_text(f"{SITE}\n[network]\nhours = ['00:00-24:00']\n")
+    told = (await findings(home))["bandwidth"].sentence
+    assert told == "now sending without limit, receiving without limit; transfers run only at 00:00-24:00"
+
+
+async def test_a_password_that_others_may_read_is_a_fault(home: Home) -> None:
+    prepare(home)
+    home.site_file.write_text(f"{SITE}\n[network]\nproxy = 'http://st-olav:secret@localhost:1'\n")
+    home.site_file.chmod(0o640)
+    found = await findings(home)
+    assert not found["site.toml"].ok
+    assert "others may read it: `chmod 600 " in found["site.toml"].sentence
+    home.site_file.chmod(0o600)
+    assert "site.toml" not in await findings(home)
+
+
+async def test_a_host_that_no_proxy_names_is_said_to_be_dialled_directly(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(home)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    said = "; dialled without the proxy: no_proxy names it"
+    assert said not in (await findings(home))["network"].sentence
+    home.site_file.write_text(f"{SITE}\n[network]\nproxy = 'http://localhost:1'\n")
+    found = (await findings(home))["network"]
+    assert found.ok and said in found.sentence
 
 
 async def test_a_ca_bundle_that_is_missing_is_a_fault(home: Home) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,42 @@ async def test_the_way_that_enrollment_was_told_is_kept_in_the_site_file(
     assert (again.exit_code, "section with another proxy" in again.output) == (5, True)
 
 
+async def test_enrollment_believes_a_bundle_only_when_it_is_named_with_the_token(tmp_path: Path) -> None:
+    coordinator = Coordinator()
+    coordinator.server_authority = Authority("Hospital Root CA")
+    bundle = tmp_path / "hospital.pem"
+    bundle.write_bytes(coordinator.server_authority.pem)
+    site = f'[network]\nca_bundle = "{bundle}"\n'
+    (tmp_path / "site.toml").write_text(site)
+    async with coordinator.serving():
+        arguments = ("enroll", "--coordinator", coordinator.address, "--token", token(coordinator))
+        refused = await invoke_beside(*arguments, home=tmp_path)
+        assert (refused.exit_code, "those of --ca-bundle" in " ".join(refused.output.split())) == (7, True)
+        assert not coordinator.enrolled_keys, "the token was not shown"
+        enrolled = await invoke_beside(*arguments, "--ca-bundle", str(bundle), home=tmp_path)
+    assert enrolled.exit_code == 0, enrolled.output
+    assert (tmp_path / "site.toml").read_text() == site
+
+
+async def test_a_site_file_with_the_proxys_password_is_its_owners_alone(
+    tmp_path: Path, coordinator: Coordinator
+) -> None:
+    arguments = ["enroll", "--coordinator", coordinator.address, "--token", token(coordinator)]
+    file = tmp_path / "home" / "site.toml"
+    file.parent.mkdir()
+    file.write_text("")
+    file.chmod(0o644)
+    async with ConnectProxy().serving() as proxy:
+        proxy.names = {coordinator.enrollment_address: coordinator.enrollment_address}
+        proxy.login = "st-olav:secret"
+        for home in (file.parent, tmp_path / "new"):
+            result = await invoke_beside(*arguments, "--proxy", proxy.url, home=home)
+            assert result.exit_code == 0, result.output
+            assert "st-olav:secret" in (home / "site.toml").read_text()
+            assert stat.S_IMODE((home / "site.toml").stat().st_mode) == 0o600
+            coordinator.enrolled_keys.clear()
+
+
 def test_a_proxy_that_is_no_url_is_refused_without_showing_it(tmp_path: Path) -> None:
     secret = "https://me:secret@proxy:3128"
     made = Authority().token("st-olav", address="localhost:1").encode()
@@ -153,7 +190,10 @@ async def test_a_pause_is_written_shown_and_ended(home: Home) -> None:
     assert before + 7200 <= until <= time.time() + 7200
     assert file.read() == Pause(until)
     assert "paused by its administrator until" in invoke("status", home=home).output
-    assert invoke("pause", "--for", "soon", home=home).exit_code == 3
+    file.remove()
+    for text in ("soon", "99999d"):
+        assert invoke("pause", "--for", text, home=home).exit_code == 3
+        assert file.read() is None
     assert facts(invoke("resume", "--format", "json", home=home)) == {"paused": False}
     assert file.read() is None
     assert facts(invoke("status", "--format", "json", home=home))["hold"] == ""

@@ -44,9 +44,12 @@ def test_the_daemon_sees_what_the_command_wrote(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"until_unix_seconds": "noon"}', '{"until_unix_seconds": 1e300}', "\0"]
 )
-def test_a_pause_file_that_cannot_be_understood_is_as_good_as_none(tmp_path: Path, text: str) -> None:
+def test_a_pause_file_that_cannot_be_understood_holds_until_it_is_ended(tmp_path: Path, text: str) -> None:
+    file = PauseFile(tmp_path / "pause.json")
     (tmp_path / "pause.json").write_text(text)
-    assert PauseFile(tmp_path / "pause.json").read() is None
+    assert file.read() == Pause(None)
+    file.remove()
+    assert file.read() is None
 
 
 def test_times_are_written_with_their_unit() -> None:
@@ -54,3 +57,5 @@ def test_times_are_written_with_their_unit() -> None:
     for text in ("", "2", "h", "-1h", "0m", "2 hours"):
         with pytest.raises(InvalidInput, match="is not a time such as 90m"):
             duration_seconds(text)
+    with pytest.raises(InvalidInput, match="99999d is longer than a year"):
+        duration_seconds("99999d")

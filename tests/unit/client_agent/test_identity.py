@@ -67,6 +67,15 @@ async def test_a_certificate_for_another_name_is_refused(tmp_path: Path, coordin
         await enroll(tmp_path, coordinator, name="ullevaal")
 
 
+async def test_a_certificate_that_the_federations_ca_did_not_sign_is_refused(
+    tmp_path: Path, coordinator: Coordinator
+) -> None:
+    coordinator.client_authority = Authority()
+    with pytest.raises(InvalidInput, match="not signed by this federation's CA"):
+        await enroll(tmp_path, coordinator)
+    assert not identity.is_enrolled(tmp_path)
+
+
 async def test_an_unreachable_enrollment_address_is_named(tmp_path: Path, coordinator: Coordinator) -> None:
     with pytest.raises(Unavailable, match=r"nothing listens at 127\.0\.0\.1:1"):
         await enroll(tmp_path, coordinator, enrollment_address="127.0.0.1:1")

@@ -100,16 +100,47 @@ def test_evaluations_of_two_versions_do_not_share_a_directory(journal: Journal) 
     assert first.directory_name != replace(first, version=2).directory_name != WORK.directory_name
 
 
-def test_pruning_spares_what_is_in_hand_and_the_newest_few(journal: Journal, tmp_path: Path) -> None:
-    works = [work_of(task(round=number)) for number in range(1, 8)]
-    for age, work in enumerate(works):
-        path = journal.path(work)
+def test_pruning_spares_what_is_in_hand_and_the_newest_few_whatever_the_clock_says(
+    journal: Journal, tmp_path: Path
+) -> None:
+    works = [work_of(task(job_id=f"job-{number}")) for number in range(7)]
+    for number, work in enumerate(works):
         journal.open(work, generation=1)
-        os.utime(path, (10_000 - age, 10_000 - age))
-    journal.prune(held=[works[6]], now_unix_seconds=10_000)
-    assert [journal.path(work).exists() for work in works] == [True, True, True, True, False, False, True]
-    journal.prune(held=[], now_unix_seconds=10_000 + 8 * 86_400)
-    assert list(tmp_path.iterdir()) == []
+        # The clock is set back all the time.
+        os.utime(journal.path(work), (10_000 - number, 10_000 - number))
+    journal.open(works[1], generation=2)
+    (tmp_path / "nobody-knows-what").mkdir()
+    journal.prune(held=[works[0]], seen=WORK)
+    assert [journal.path(work).exists() for work in works] == [True, True, False, False, True, True, True]
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_result_is_kept_until_it_is_answered_for_or_its_job_goes_on(journal: Journal) -> None:
+    kept = [work_of(task(job_id=f"job-{number}")) for number in range(9)]
+    evaluation = work_of(task("evaluate", job_id="job-1"))
+    for number, work in enumerate((*kept, evaluation)):
+        entry = journal.open(work, generation=1)
+        finish(journal, work)
+        if number:  # of the first the agent was killed before it had sealed it
+            journal.adopt(entry)
+        os.utime(journal.path(work), (0, 0))  # half a century ago
+    journal.prune(held=[], seen=WORK)
+    journal.prune(held=[], seen=replace(kept[0], kind="evaluate", round=2))
+    assert all(journal.path(work).exists() for work in (*kept, evaluation))
+    # Round 1 of this job is over, however it ended here.
+    journal.prune(held=[], seen=replace(kept[1], round=2))
+    assert [work.job_id for work in kept if not journal.path(work).exists()] == ["job-1"]
+    assert journal.path(evaluation).exists()
+
+
+def test_the_results_that_are_kept_are_bounded(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client_agent.journal.KEPT_FINISHED", 2)
+    works = [work_of(task(job_id=f"job-{number}")) for number in range(4)]
+    for work in works:
+        journal.open(work, generation=1)
+        finish(journal, work)
+    journal.prune(held=[], seen=WORK)
+    assert [journal.path(work).exists() for work in works] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(

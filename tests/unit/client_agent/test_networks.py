@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from client_agent import identity
+from client_agent import identity, settings
 from client_agent.checks import Finding, all_findings
 from client_agent.home import Home
+from client_agent.main import compose
+from client_agent.observe import StatusFile
 from client_agent.session import Session, Waiting
 from client_agent.settings import Network
 from protos.errors import Unauthenticated, Unavailable
 from protos.v1 import agent_pb2
 from tests.servers.proxy import ConnectProxy, ForgetfulNat, inspecting_tls
 from tests.unit.client_agent.coordinator_in_memory import UNRESOLVABLE, Authority, Coordinator, changed_token
+from tests.unit.client_agent.test_loop import finish_of, running, stages_seen
+from tests.unit.client_agent.work_to_do import model_bytes, task
 
 MAIN, ENROLLMENT = f"{UNRESOLVABLE}:9443", f"{UNRESOLVABLE}:9444"
 SITE = '[policy]\ntasks = ["*"]\n[http]\naddress = "127.0.0.1:0"\n'
@@ -231,12 +235,32 @@ async def test_an_idle_line_that_a_nat_forgot_is_noticed_and_replaced(home: Home
         session = Session(home, waiting=Waiting(), network=Network(keepalive_seconds=5))
         await lease(session)
         nat.forget()
-        # No call is on the line: keepalive alone finds out, and the agent's side gives the flow up.
-        await coordinator.until(lambda: nat.given_up, seconds=60)
+        # No call is on the line: keepalive alone finds out, and the agent's side gives the flow up. 5 s and the 10 s of
+        # the answer, with as much again and more for a slow machine; gRPC by itself would take a minute for the answer.
+        await coordinator.until(lambda: nat.given_up, seconds=5 + 10 + 40)
         assert nat.flows == 1
         assert (await session.patiently(lambda: lease(session))).sentence == "No job needs this site now."
         assert nat.flows == 2
         await session.close()
+
+
+# --- hours for transfers
+
+
+async def test_outside_its_hours_a_site_says_so_and_transfers_nothing_until_they_begin(
+    home: Home, coordinator: Coordinator
+) -> None:
+    sentence = "It is outside this site's hours for transfers (19:00-06:00) until Fri 19:00."
+    agent = compose(home, settings.load(home.site_file), gpu="", rows={})
+    for pace in (agent.session.sending, agent.session.receiving):
+        pace.closed = lambda: sentence
+    coordinator.add_task(task(), model=model_bytes())
+    async with running(home, agent):
+        await coordinator.until(lambda: agent_pb2.STAGE_PAUSED in stages_seen(coordinator))
+        assert StatusFile(home.status_file).read()["waits_for"].startswith(sentence)
+        assert not coordinator.reads
+        sentence = ""
+        assert (await finish_of(coordinator)).HasField("succeeded")
 
 
 async def test_an_unknown_token_is_no_reason_to_try_elsewhere(

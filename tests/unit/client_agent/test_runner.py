@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from client_agent import runner as runner_module
 from client_agent.runner import Failure, Finished, Paused, Runner
@@ -130,6 +131,28 @@ async def test_a_trainer_that_does_not_pause_is_killed(
     pausing.set()
     assert await runner.run(tmp_path, kind="broken", on_progress=ignore, pausing=pausing) == Paused()
     assert runner.pid is None
+
+
+async def test_a_trainer_that_a_kill_does_not_end_at_once_holds_up_nobody(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if it waited for a disk or a driver in the system: no time is left to see it end.
+    monkeypatch.setattr(runner_module, "EXIT_SECONDS", 0)
+    monkeypatch.setattr(runner_module, "KILL_GRACE_SECONDS", 0)
+    use_script(
+        monkeypatch,
+        tmp_path,
+        """
+        import sys, time
+        sys.stdin.readline()
+        print('{"event": "failed", "reason": "no rows"}', flush=True)
+        time.sleep(600)
+        """,
+    )
+    await runner.run(tmp_path, kind="broken", on_progress=ignore)
+    with capture_logs() as said:
+        await runner.close()
+    assert "The trainer was killed and has not ended yet." in [line["event"] for line in said]
 
 
 async def test_at_the_daemons_end_the_trainer_saves_what_it_has(runner: Runner, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from client_agent.taskdir import (
     write_checkpoint,
     write_spec,
 )
-from protos.tensors import Layout, parse_header
+from protos.tensors import Layout, make_header, parse_header
 from tests.unit.client_agent.work_to_do import model_bytes, spec
 
 
@@ -146,6 +147,16 @@ def test_a_paused_training_goes_on_after_the_time_that_has_passed(tmp_path: Path
     rough = (tmp_path / UPDATE).read_bytes()
     run(tmp_path, model=model_bytes())
     assert (tmp_path / UPDATE).read_bytes() == rough
+
+
+def test_a_training_whose_update_has_no_room_does_not_begin(tmp_path: Path) -> None:
+    header, layout = make_header([("weight", "F32", (shutil.disk_usage(tmp_path).total // 4,))])
+    with (tmp_path / "model").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + layout.data_bytes)  # as large as the disk, but takes no room itself
+    events = run(tmp_path, pause=True, model_path=str(tmp_path / "model"))
+    assert {event.get("stage") for event in events[:-1]} == {"waiting_for_disk"}
+    assert events[-1] == {"event": "paused"}
 
 
 def test_checkpoints_are_saved_as_often_as_the_recipe_says(tmp_path: Path) -> None:

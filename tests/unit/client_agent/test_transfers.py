@@ -247,6 +247,27 @@ async def test_an_empty_blob_passes(side: Side, coordinator: Coordinator, tmp_pa
     assert coordinator.sealed[empty.digest] == b""
 
 
+async def test_no_transfer_begins_or_goes_on_outside_its_hours_and_it_resumes_where_it_stopped(
+    side: Side, coordinator: Coordinator, file: Path
+) -> None:
+    sentence = "It is outside the hours."
+    shut_at = 0
+    side.pace = Pace(lambda: 0.0, closed=lambda: sentence if side.wire_bytes >= shut_at else "")
+    for transfer in (side.download, lambda: side.upload(file)):
+        side.wire_bytes, shut_at = 0, 0
+        with pytest.raises(Unavailable, match=sentence):
+            await transfer()
+        assert side.wire_bytes == 0
+        shut_at = 3 * MIB
+        with pytest.raises(Unavailable, match=sentence):
+            await transfer()
+        assert shut_at <= side.wire_bytes < shut_at + MIB
+        shut_at = 100 * MIB
+        await transfer()
+    assert coordinator.reads == [0, 3 * MIB]
+    assert coordinator.sealed[BLOB.digest] == DATA
+
+
 async def test_a_transfer_that_stands_still_is_ended(
     side: Side, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

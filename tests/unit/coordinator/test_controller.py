@@ -181,3 +181,18 @@ async def test_what_a_replaced_driver_decided_is_not_written(tmp_path: Path) -> 
     bench.store.jobs.take(bench.store.jobs.active()[0], driver="new", grace_seconds=0)
     assert not bench.store.jobs.apply(job, decided, revision=revision, now_unix_seconds=time.time())
     assert bench.store.views.job("j").state is s.JobState.SUBMITTED
+
+
+async def test_after_an_idle_time_a_stepped_clock_does_not_make_a_site_seem_gone_for_good(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.begin("a", "b")
+    # As if this machine's clock had been set forward by a day since the sites were noted.
+    for name in ("a", "b", "hq"):
+        bench.store.sites.see(name, agent=None, now_unix_seconds=time.time() - 86_400)
+    async with bench.driven() as controller:
+        await until(lambda: "waits for" in bench.store.views.job("j").sentence)
+        assert not bench.hand_in("hq", tensor_file(0.0)), "nobody was heard of yet"
+        bench.store.sites.see("hq", agent=None, now_unix_seconds=time.time() - 86_400)
+        await until(lambda: bench.hand_in("hq", tensor_file(0.0)))
+        controller.wake()
+        await until(lambda: bench.store.views.job("j").round == 1)

@@ -25,7 +25,7 @@ def upgrade() -> None:
     # The versions of unfinished jobs are compared once more: evaluations of some may still be under way.
     jobs = sa.table("jobs", sa.column("id", sa.String), sa.column("state", sa.String))
     versions = sa.table("versions", sa.column("job_id", sa.String), sa.column("unjudged", sa.Boolean))
-    unfinished = sa.select(jobs.c.id).where(jobs.c.state.in_(("RUNNING", "PAUSED")))
+    unfinished = sa.select(jobs.c.id).where(jobs.c.state.in_(("RUNNING", "PAUSED", "FAILED")))
     op.execute(sa.update(versions).where(versions.c.job_id.in_(unfinished)).values(unjudged=True))
     op.create_index(
         "ix_versions_unjudged",
@@ -41,6 +41,7 @@ def upgrade() -> None:
         sqlite_where=sa.text("deleted = 0"),
         postgresql_where=sa.text("NOT deleted"),
     )
+    op.add_column("uploads", sa.Column("recorded", sa.Boolean(), server_default="0", nullable=False))
     op.create_index("ix_tasks_open", "tasks", ["job_id", "site"], sqlite_where=_OPEN, postgresql_where=_OPEN)
     op.create_index(op.f("ix_uploads_digest"), "uploads", ["digest"])
     op.create_index(op.f("ix_versions_optimizer_digest"), "versions", ["optimizer_digest"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from client_agent.taskdir import CHECKPOINT, UPDATE, Paused, TaskResult, TaskSpec, checkpoint_step
 from client_agent.training.tasks import Warm, Work
@@ -82,8 +84,10 @@ def test_checkpoints_are_saved_as_often_as_the_recipe_says_and_only_the_newest_i
     assert checkpoint_step(Sitting(site, train_task(site), name="never").directory) == 0
 
 
-@pytest.mark.parametrize("change", ["seed", "rows", "damage"])
-def test_what_is_not_this_works_whole_checkpoint_is_ignored(site: Site, change: str) -> None:
+@pytest.mark.parametrize("change", ["seed", "rows", "damage", "threads", "torch"])
+def test_what_is_not_this_works_whole_checkpoint_is_ignored(
+    site: Site, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = train_task(site)
     rough = Sitting(site, task, pause_after=3)
     match change:
@@ -92,6 +96,10 @@ def test_what_is_not_this_works_whole_checkpoint_is_ignored(site: Site, change: 
         case "rows":
             with Path(site.data_set.path).open("a") as file:
                 file.write('{"text": "the patient has been given blood", "label": "lab"}\n' * 3)
+        case "threads":
+            task = replace(task, threads=2)
+        case "torch":
+            monkeypatch.setattr(torch, "__version__", "9.9.0")
         case "damage":
             tensors = rough.directory / "checkpoint-3.safetensors"
             tensors.write_bytes(tensors.read_bytes()[:-1] + b"\xff")

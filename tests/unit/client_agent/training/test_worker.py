@@ -141,6 +141,39 @@ def test_a_paused_training_answers_and_goes_on_when_it_is_run_again(site: Site, 
         reached = checkpoint_step(long)
 
 
+def test_a_full_disk_costs_no_training_and_ends_on_command(site: Site, worker: Worker) -> None:
+    recipe = site.recipe()
+    init = site.write("init", site.task("init", recipe=recipe))
+    worker.run(init)
+    task = site.task("train", recipe=recipe, model=init / UPDATE)
+    calm = site.write("calm", task)
+    assert worker.run(calm)[-1] == {"event": "done"}
+    ends = {"room": "done", "pause": "paused", "cancel": "cancelled"}
+    for name, file in (
+        ("room", "update.new"),
+        ("room", "result.json.new"),
+        ("pause", "update.new"),
+        ("cancel", "update.new"),
+    ):
+        directory = site.write(f"{name}-{file}", task)
+        # Whatever is written there meets "No space left on device".
+        obstacle = directory / file
+        obstacle.symlink_to("/dev/full")
+        worker.send(run=str(directory))
+        stages, done = [], []
+        for event in worker.events():
+            stages.append(event.get("stage"))
+            if event.get("stage") == "training":
+                done.append(event["done"])
+            if stages.count("waiting_for_disk") == 2 and event["event"] == "progress":
+                # The second time, so that it has been tried again meanwhile.
+                obstacle.unlink() if name == "room" else worker.send(**{name: True})
+        assert event == {"event": ends[name]}
+        assert done.count(0) == done.count(3) == 1, "trained once"
+        if name == "room":
+            assert (directory / UPDATE).read_bytes() == (calm / UPDATE).read_bytes()
+
+
 def test_a_killed_trainer_goes_on_from_its_checkpoint_with_the_same_bits(site: Site, worker: Worker) -> None:
     recipe = site.recipe(local={"steps": 60, "batch_size": 8, "checkpoint_seconds": 1e-6})
     init = site.write("init", site.task("init", recipe=recipe))

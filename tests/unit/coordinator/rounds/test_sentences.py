@@ -65,6 +65,10 @@ def test_durations_are_for_people(seconds: float, text: str) -> None:
             train("a", RUNNING, stage="PAUSED", last_progress_at=0.0),
             "a is paused by its administrator or outside its hours for 40 s",
         ),
+        (
+            train("a", RUNNING, stage="WAITING_FOR_DISK", done=9, total=9, unit="steps", last_progress_at=0.0),
+            "a waits for room on its disk for 40 s",
+        ),
     ],
 )
 def test_a_site_at_work_says_its_stage_and_what_is_left(task: s.Task, text: str) -> None:

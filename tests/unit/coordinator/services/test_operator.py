@@ -55,10 +55,10 @@ async def test_a_job_is_paused_resumed_and_cancelled_but_not_out_of_order(federa
         return (await operator.operator("ControlJob", request)).job.state
 
     assert await control(operator_pb2.JOB_ACTION_PAUSE) == operator_pb2.JOB_STATE_PAUSED
-    with pytest.raises(errors.Conflict):
-        await control(operator_pb2.JOB_ACTION_PAUSE)
     assert await control(operator_pb2.JOB_ACTION_RESUME) == operator_pb2.JOB_STATE_RUNNING
     assert await control(operator_pb2.JOB_ACTION_CANCEL) == operator_pb2.JOB_STATE_CANCELLED
+    with pytest.raises(errors.Conflict):
+        await control(operator_pb2.JOB_ACTION_PAUSE)
     for action in (operator_pb2.JOB_ACTION_UNSPECIFIED, 99):
         with pytest.raises(errors.InvalidInput):
             await control(action)
