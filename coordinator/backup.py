@@ -6,8 +6,10 @@
     DIR/settings/                 coordinator.toml and the keys beside it: keep a backup as secret as the original
 
 The rows are read in one transaction, so what is restored was once the state. A blob that was collected as garbage
-between the rows and its turn makes the rows too old: they are read again. Rows and blobs are portable, so a restore
-into another engine or another blob store is how one moves there.
+between the rows and its turn makes the rows too old: they are read again. One that newer rows still name is lost: the
+backup goes on without it and says so, unless a job could not be used or go on without it. Blobs are copied, never
+linked: what shares a disk's blocks with the original is lost with it. Rows and blobs are portable, so a restore into
+another engine or another blob store is how one moves there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, func, insert, or_, select, update
 
 from coordinator import ca, settings
 from coordinator.settings import Settings, blob_directory, bucket_and_prefix, database_url
@@ -31,7 +33,7 @@ from coordinator.storage import schema
 from coordinator.storage.blobs import BlobStore
 from coordinator.storage.database import Database
 from coordinator.storage.file_blobs import FileBlobStore, digest_of_file, sync_directory
-from coordinator.storage.garbage import all_named
+from coordinator.storage.garbage import all_named, in_progress
 from coordinator.storage.opening import open_blobs
 from protos.errors import AlreadyExists, CorruptData, InvalidInput, NotFound, Unavailable
 
@@ -52,13 +54,15 @@ class Manifest:
     database_digest: str
     blobs: int
     blob_bytes: int
+    # Blobs that some row names and that the coordinator had lost before.
+    missing: tuple[str, ...] = ()
 
 
 def backup(directory: Path, found: Settings, *, to: Path, say: Say = lambda _: None) -> Manifest:
     """Puts the coordinator of `directory` as it is now into `to`, a new directory or an earlier backup of the same.
 
     Of an earlier backup the blobs are used again, and the rest is replaced at the very end. AlreadyExists: `to` holds
-    something else. CorruptData: a blob is damaged.
+    something else. CorruptData: a blob is lost that cannot be done without.
     """
     _check_target(to, directory)
     (to / BLOBS).mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -67,23 +71,30 @@ def backup(directory: Path, found: Settings, *, to: Path, say: Say = lambda _: N
         _beside(found, directory, Path(scratch)) as blobs,
     ):
         rows = Path(scratch, "database.db")
+        missing: dict[str, str] = {}
         for _ in range(LOOKS):
             with closing(Database.open(database_url(found, directory), migrate=False)) as source:
                 _copy_database(source, rows)
             with closing(Database.open(f"sqlite:///{rows}")) as copied, copied.read() as connection:
                 wanted = all_named(connection)
             say(f"{len(wanted)} blobs belong to it")
-            if _copy_blobs(sorted(wanted), blobs, to / BLOBS):
+            before, missing = missing, _copy_blobs(sorted(wanted), blobs, to / BLOBS)
+            # Newer rows name it again: it was not collected, it is lost.
+            if missing.keys() <= before.keys():
                 break
         else:
             raise Unavailable("Blobs were deleted faster than they could be copied.", hint="Make the backup again.")
+        if missing:
+            with closing(Database.open(f"sqlite:///{rows}")) as copied, copied.read() as connection:
+                _tell_missing(connection, missing, say=say)
+            wanted -= missing.keys()
         digest, _ = digest_of_file(rows)
         name = f"database-{digest[:12]}.db"
         _sync(rows)
         os.replace(rows, to / name)
     _copy_settings(directory, found, to / SETTINGS)
     sizes = [(to / BLOBS / blob[:2] / blob).stat().st_size for blob in wanted]
-    manifest = Manifest(FORMAT, time.time(), name, digest, len(sizes), sum(sizes))
+    manifest = Manifest(FORMAT, time.time(), name, digest, len(sizes), sum(sizes), tuple(sorted(missing)))
     _write(to / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
     for path in [*to.glob("database-*"), *(to / BLOBS).glob("*/*")]:
         if path.name != name and path.name not in wanted:
@@ -119,7 +130,7 @@ def restore(source: Path, *, data: Path, storage: Mapping[str, str], say: Say = 
         ):
             _check_empty(new, blobs, found)
             with old.read() as connection:
-                wanted = all_named(connection)
+                wanted = all_named(connection) - set(manifest.missing)
             say(f"{len(wanted)} blobs belong to it")
             for digest in sorted(wanted):
                 _adopt(source / BLOBS / digest[:2] / digest, digest, blobs, directory=blob_directory(found, data))
@@ -150,7 +161,7 @@ def read_manifest(source: Path) -> Manifest:
             f"{source} has format {fields.get('format')}; this silotune reads format {FORMAT}.",
             hint="Restore it with the silotune that made it, or a newer one.",
         )
-    return Manifest(**fields)
+    return Manifest(**fields | {"missing": tuple(fields.get("missing", ()))})
 
 
 def with_storage_key(text: str, key: str, value: str) -> str:
@@ -193,8 +204,9 @@ def _copy_rows(reading: Connection, writing: Connection) -> None:
         writing.execute(select(func.setval(func.pg_get_serial_sequence("events", "id"), last or 1, last is not None)))
 
 
-def _copy_blobs(digests: list[str], blobs: BlobStore, target: Path) -> bool:
-    """False when one of them is not there any more."""
+def _copy_blobs(digests: list[str], blobs: BlobStore, target: Path) -> dict[str, str]:
+    """Those that cannot be had, with what is wrong with them."""
+    missing = {}
     for digest in digests:
         path = target / digest[:2] / digest
         if path.exists():
@@ -202,15 +214,51 @@ def _copy_blobs(digests: list[str], blobs: BlobStore, target: Path) -> bool:
         path.parent.mkdir(exist_ok=True)
         try:
             with blobs.local(digest) as held, _arriving(path) as fresh:
-                _link_or_copy(held, fresh)
+                shutil.copyfile(held, fresh)
+                _sync(fresh)
                 if digest_of_file(fresh)[0] != digest:
-                    raise CorruptData(
-                        f"The blob {digest[:16]} is damaged where the coordinator keeps it.",
-                        hint="If it is a site's update, the coordinator asks for it again when it needs it.",
-                    )
-        except NotFound:
-            return False
-    return True
+                    raise CorruptData("damaged")
+        except (NotFound, FileNotFoundError):
+            missing[digest] = "not where the coordinator keeps its blobs"
+        except CorruptData:
+            missing[digest] = "damaged where the coordinator keeps it"
+    return missing
+
+
+def _tell_missing(connection: Connection, missing: Mapping[str, str], *, say: Say) -> None:
+    """CorruptData when a job could not be used or go on without one of them."""
+    vital = in_progress(connection) | _heads(connection)
+    for digest, trouble in sorted(missing.items(), key=lambda item: item[0] not in vital):
+        sentence = f"The blob {digest[:16]} is {trouble}: {', '.join(_names(connection, digest))}."
+        if digest in vital:
+            raise CorruptData(
+                sentence,
+                hint=f"Back up into an earlier backup that has it, or put it back: it is {digest[:2]}/{digest}. "
+                "If it is an update, the coordinator itself asks for it again when it needs it.",
+            )
+        say(f"{sentence} The backup goes on without it.")
+
+
+def _heads(connection: Connection) -> set[str]:
+    """What jobs end with or go on from."""
+    jobs, versions = schema.jobs, schema.versions
+    heads = select(versions.c.digest, versions.c.optimizer_digest).join(jobs, jobs.c.id == versions.c.job_id)
+    newest_or_best = or_(versions.c.version == jobs.c.head_version, versions.c.version == jobs.c.best_version)
+    return {digest for row in connection.execute(heads.where(newest_or_best)) for digest in row if digest}
+
+
+def _names(connection: Connection, digest: str) -> list[str]:
+    """What the rows that name a blob call it."""
+    versions, updates, files, uploads = schema.versions, schema.updates, schema.files, schema.uploads
+    mine = or_((versions.c.digest == digest) & ~versions.c.deleted, versions.c.optimizer_digest == digest)
+    found = [f"version {row.version} of job {row.job_id}" for row in connection.execute(select(versions).where(mine))]
+    for row in connection.execute(select(updates).where(updates.c.digest == digest)):
+        found.append(f"the update of {row.site} in round {row.round} of job {row.job_id}")
+    for row in connection.execute(select(files).where(files.c.digest == digest)):
+        found.append(f"{row.name} of job {row.job_id}")
+    for row in connection.execute(select(uploads).where(uploads.c.digest == digest, ~uploads.c.recorded)):
+        found.append(f"an upload of {row.owner}")
+    return found or ["what a round in progress has made"]
 
 
 def _adopt(path: Path, digest: str, blobs: BlobStore, *, directory: Path) -> None:
@@ -245,15 +293,6 @@ def _copy_settings(directory: Path, found: Settings, target: Path) -> None:
     for name in (ca.KEY_FILE, ca.CERTIFICATE_FILE, own.server_key, own.server_certificate, settings.FILE_NAME):
         if name and (directory / name).is_file() and Path(name).name == name:
             shutil.copy(directory / name, target / name)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another file system, or one without links.
-        shutil.copyfile(source, target)
-        _sync(target)
 
 
 @contextmanager

@@ -275,6 +275,8 @@ class Controller:
         }
         try:
             outcome = await self._aggregate(job_id, command, head)
+            site = outcome.get("corrupt_site", "")
+            damaged = bool(site) and await asyncio.to_thread(self._drop_damaged, command, site)
         except Exception as error:
             if isinstance(error, SilotuneError | OSError):
                 # No room, or no way to the blobs: it is tried again.
@@ -283,12 +285,11 @@ class Controller:
                 log.exception("an aggregation failed", job=job_id, round=command.round)
             write = partial(jobs.fail_command, job_id, error=str(error)[:500], **which)
         else:
-            site = outcome.get("corrupt_site", "")
             if site:
-                log.error("a stored update is damaged", job=job_id, round=command.round, site=site)
-                damage = "a stored update is damaged"
-                await asyncio.to_thread(self._drop_damaged, command, site)
-                write = partial(jobs.fail_command, job_id, error=damage, corrupt_site=site, **which)
+                damage = "a stored update is damaged" if damaged else "a copy of a stored update was damaged"
+                log.error(damage, job=job_id, round=command.round, site=site)
+                corrupt_site = site if damaged else ""
+                write = partial(jobs.fail_command, job_id, error=damage, corrupt_site=corrupt_site, **which)
             else:
                 write = partial(jobs.finish_command, job_id, sealed_size=self.blobs.size, **outcome, **which)
         try:
@@ -297,11 +298,10 @@ class Controller:
             # It is still queued, and made again.
             log.warning("an aggregation could not be recorded", job=job_id, round=command.round, reason=str(error))
 
-    def _drop_damaged(self, command: s.Command, site: str) -> None:
-        """So that the site is asked for its bytes again."""
-        for part in command.contributions:
-            if part.site == site:
-                drop_damaged(self.store.database, self.blobs, part.digest)
+    def _drop_damaged(self, command: s.Command, site: str) -> bool:
+        """Whether it has to be asked of the site again."""
+        [digest] = [part.digest for part in command.contributions if part.site == site]
+        return drop_damaged(self.store.database, self.blobs, digest)
 
     async def _aggregate(self, job_id: str, command: s.Command, head: int) -> dict[str, Any]:
         """Runs the worker process and seals what it wrote, before any row names it."""
@@ -339,7 +339,14 @@ class Controller:
                 if previous["optimizer_digest"]:
                     order["state"] = await path(previous["optimizer_digest"])
             began = time.monotonic()
-            result = await self._process.carry_out(order)
+            try:
+                result = await self._process.carry_out(order)
+            except RuntimeError:
+                # A copy that is wrong is made again before the next try.
+                for name in ("previous_digest", "state_digest"):
+                    if order.get(name):
+                        await asyncio.to_thread(self.blobs.verify, order[name])
+                raise
             self.aggregation_peak_bytes = result.pop("peak_rss_bytes")
             if "corrupt_site" in result:
                 return result

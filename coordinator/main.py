@@ -10,6 +10,7 @@ resumes after the next start, because everything is a row or a blob.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import secrets
 import signal
@@ -39,16 +40,19 @@ from coordinator.services.interceptors import Gate, Outcome, RateLimit
 from coordinator.services.operator import OperatorService
 from coordinator.services.transfers import TransferService
 from coordinator.services.wire import handlers
-from coordinator.settings import Settings, blob_directory
+from coordinator.settings import Settings, blob_directory, database_url
 from coordinator.storage.blobs import BlobStore
+from coordinator.storage.database import Database
 from coordinator.storage.opening import open_storage
 from coordinator.storage.store import Store
 from protos.channel import SERVER_OPTIONS
 from protos.digests import digest_of
-from protos.errors import Conflict, InvalidInput
+from protos.errors import Conflict, InvalidInput, Unavailable
 from protos.v1 import agent_pb2, operator_pb2, transfer_pb2
 
 DRAIN_SECONDS = 8.0
+# At the start; later it is waited for without end.
+DATABASE_WAIT_SECONDS, DATABASE_LOOK_SECONDS = 60.0, 1.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Of glibc's malloc.h.
 M_ARENA_MAX = -8
@@ -96,6 +100,9 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     _use_one_arena()
+    await _until_reachable(database_url(settings, directory), stop=stop)
+    if stop.is_set():
+        return
     with (
         locked(directory),
         ThreadPoolExecutor(thread_name_prefix="disk") as disk,
@@ -103,6 +110,26 @@ async def serve(
     ):
         coordinator = Coordinator(directory, settings, store=store, blobs=blobs, disk=disk)
         await coordinator.run(insecure=insecure_loopback, started=started, stop=stop)
+
+
+async def _until_reachable(url: str, *, stop: asyncio.Event) -> None:
+    """Waits for a database server that is about to start too; Unavailable when it does not answer in a minute."""
+    until, said = time.monotonic() + DATABASE_WAIT_SECONDS, ""
+    # What is wrong with a file does not pass by itself.
+    while not url.startswith("sqlite") and not stop.is_set():
+        try:
+            database = await asyncio.to_thread(Database.open, url)
+        except Unavailable as error:
+            if time.monotonic() > until:
+                raise
+            if error.message != said:
+                _log.warning("waits for the database", reason=error.message)
+            said = error.message
+        else:
+            database.close()
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), DATABASE_LOOK_SECONDS)
 
 
 class Coordinator:

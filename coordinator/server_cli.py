@@ -167,9 +167,9 @@ def backup(*, output: Output, data: Path, to: Path) -> None:
     """Copies everything that the coordinator must not lose, while it serves.
 
     One moment of the database, every blob that it names, the settings and the keys: who has the backup can be the
-    coordinator. Blobs are hard links where --to is on the same file system, so back up to another disk, or copy the
-    directory there afterwards. A backup into the directory of an earlier one copies what is new and replaces the rest
-    at the end.
+    coordinator. Back up to another disk. A backup into the directory of an earlier one copies what is new and replaces
+    the rest at the end. Blobs that the coordinator has lost are named; where a job cannot be used or go on without one
+    of them, there is no backup.
 
     
     silotune-coordinator backup --to /backup/silotune
@@ -180,7 +180,8 @@ def backup(*, output: Output, data: Path, to: Path) -> None:
     manifest = make(data, settings.load(data), to=to, say=output.note)
     output.answer(
         {"backup": str(to), **asdict(manifest)},
-        text=f"{to} holds the coordinator's database and {manifest.blobs} blobs, {manifest.blob_bytes / 1e6:.0f} MB.",
+        text=f"{to} holds the coordinator's database and {manifest.blobs} blobs, {manifest.blob_bytes / 1e6:.0f} MB."
+        + (f" {len(manifest.missing)} blobs were lost before." if manifest.missing else ""),
     )
 
 

@@ -232,8 +232,8 @@ class Aggregation(_Part):
     server_optimizer: ServerOptimizer = NoServerOptimizer(type="none")
 
 
-# Keys that 0.1 does not know. Unset they are not written, so that a recipe keeps its hash, to which approvals are bound,
-# and an agent of the release before reads it.
+# Keys that 0.1 does not know. Unset they are not written: a recipe keeps its hash, to which approvals are bound, and an
+# agent of the release before reads it.
 LATER_KEYS = (("local", "checkpoint_seconds"),)
 
 

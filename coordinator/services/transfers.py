@@ -67,6 +67,8 @@ class TransferService:
         self._most_waiting = WAITING_PER_TURN * max_transfers
         self._waiting = 0
         self._streams: collections.Counter[str] = collections.Counter()
+        # The blob that each caller has read to its end.
+        self._had: dict[str, str] = {}
         self._cache = FrameCache(blobs, disk=disk, budget_bytes=frame_cache_bytes)
 
     async def find_missing(self, request: pb.FindMissingRequest, caller: Caller) -> pb.FindMissingResponse:
@@ -91,7 +93,13 @@ class TransferService:
             raise NotFound(f"There is no blob {digest[:16]} that this caller may read.")
         if request.offset > readable.size:
             raise InvalidInput(f"Byte {request.offset} is beyond the end of the blob, which has {readable.size}.")
-        async with self._turn(caller), self._traffic("down", task_id=readable.task_id) as traffic:
+        name = caller.identity.name
+        again = request.offset == 0 and self._had.get(name) == digest
+        async with (
+            self._turn(caller),
+            self._cache.reading(digest, again=again),
+            self._traffic("down", task_id=readable.task_id) as traffic,
+        ):
             offset = request.offset
             ahead = self._frame_ahead(digest, offset=offset, size=readable.size)
             try:
@@ -106,6 +114,7 @@ class TransferService:
             finally:
                 if ahead is not None:
                     ahead.cancel()
+        self._had[name] = digest
 
     async def write(self, messages: Frames, caller: Caller) -> pb.WriteResponse:
         opening = await _next(messages)

@@ -72,10 +72,22 @@ class BlobStore(Protocol):
         """The only writer of this upload; one that was open before is closed. OutOfSpace."""
 
     def read(self, digest: str, *, offset: int, length: int) -> bytes:
-        """At most `length` bytes of a sealed blob. NotFound."""
+        """At most `length` bytes of a sealed blob, from its local file where there is one. NotFound.
+
+        Where there is none, nobody has compared them with the digest.
+        """
 
     def path(self, digest: str) -> Path:
         """A local file with a sealed blob's bytes, to be read at once. NotFound; CorruptData: the blob is damaged."""
+
+    def verify(self, digest: str) -> None:
+        """Looks at the bytes themselves, whatever was seen before; a wrong copy of a blob that is right is replaced.
+
+        NotFound; CorruptData: the blob is damaged.
+        """
+
+    def in_use(self, digest: str) -> AbstractContextManager[None]:
+        """Until the block ends the local file stays, once there is one. Waits for nothing."""
 
     def local(self, digest: str) -> AbstractContextManager[Path]:
         """The same for longer: the file stays until the block ends."""

@@ -1,4 +1,4 @@
-"""Copies: whole blobs of S3 on this coordinator's disk, for aggregation, which is given paths.
+"""Copies: whole blobs of S3 on this coordinator's disk, for aggregation, which is given paths, and for the sites.
 
 They can be lost at any time, so nothing is synced for their sake: a copy that an earlier process left is hashed before
 it is trusted. Beyond the budget, or when the disk needs the room, those go first that were not used for longest; never
@@ -13,12 +13,12 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from coordinator.storage.blobs import StoredBlob
 from coordinator.storage.file_blobs import FileBlobStore, digest_of_file
-from protos.errors import NotFound, OutOfSpace
+from protos.errors import CorruptData, NotFound, OutOfSpace
 
 # A part of an upload on this disk that has not grown for so long: its site goes on at another replica, or not at all.
 STALE_SECONDS = 86_400
@@ -52,6 +52,14 @@ class Copies:
         with self._lock:
             self._trusted.add(digest)
         return path
+
+    def verify(self, digest: str) -> None:
+        """Drops a copy that is no longer what this process has seen of it."""
+        with suppress(NotFound):
+            try:
+                self.files.verify(digest)
+            except CorruptData:
+                self.drop(digest)
 
     def read(self, digest: str, *, offset: int, length: int) -> bytes | None:
         """None when there is no copy that is known to be right."""

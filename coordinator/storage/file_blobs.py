@@ -15,11 +15,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from coordinator.storage.blobs import StoredBlob, UnfinishedUpload
-from protos.digests import check_digest, new_hasher
+from protos.digests import DIGEST, check_digest, new_hasher
 from protos.errors import Conflict, CorruptData, InvalidInput, NotFound, OutOfSpace, WrongOffset
 from protos.identity import check_name
 
@@ -111,6 +111,17 @@ class FileBlobStore:
             raise _not_found(digest)
         return path
 
+    def verify(self, digest: str) -> None:
+        try:
+            found = digest_of_file(self._sealed(digest))[0]
+        except FileNotFoundError:
+            raise _not_found(digest) from None
+        if found != digest:
+            raise CorruptData(f"The blob {digest[:16]} is damaged on the coordinator's disk.")
+
+    def in_use(self, digest: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
     @contextmanager
     def local(self, digest: str) -> Iterator[Path]:
         yield self.path(digest)
@@ -139,12 +150,16 @@ class FileBlobStore:
 
     def stored(self) -> Iterator[StoredBlob]:
         for path in self._blobs.glob("*/*"):
+            if not DIGEST.fullmatch(path.name):
+                continue  # Of the file system's own, such as NFS makes.
             with suppress(FileNotFoundError):
                 status = path.stat()
                 yield StoredBlob(path.name, status.st_size, time.time() - status.st_mtime)
 
     def unfinished(self) -> Iterator[UnfinishedUpload]:
         for path in self._uploads.glob("*/*"):
+            if not DIGEST.fullmatch(path.stem):
+                continue
             with suppress(FileNotFoundError):
                 yield UnfinishedUpload(path.parent.name, path.stem, time.time() - path.stat().st_mtime)
 
@@ -176,6 +191,8 @@ class FileBlobStore:
         if not target.parent.is_dir():
             target.parent.mkdir(exist_ok=True)
             sync_directory(self._blobs)
+        # A part that waited for days is a young blob: it is old when nothing has named it for long.
+        os.utime(path)
         os.replace(path, target)
         sync_directory(target.parent)
 
@@ -215,9 +232,12 @@ class FileUpload:
         with self._lock:
             self._check_open()
             if not self.path.exists() and _mark(self.path).exists():
-                self._sealed = True
-                self.offset = self._store.size(self._digest) or 0
-                return
+                if self._store.size(self._digest) == self._size:
+                    self._sealed = True
+                    self.offset = self._size
+                    return
+                # The blob was deleted since, because nothing named it.
+                _mark(self.path).unlink(missing_ok=True)
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             if os.fstat(self._handle).st_size < at_least:
                 os.ftruncate(self._handle, at_least)

@@ -2,9 +2,15 @@
 
 A blob goes in two steps. First the row that names it goes, in a transaction that has seen that nobody needs it; then
 the blob, inside a writing transaction that has seen that no row names it. There is one writer at a time, and who writes
-a row that names a blob looks in that same transaction whether the blob is there (`Uploads.add`, `Jobs.finish_command`),
-so one of the two always sees the other. A kill between the steps leaves a blob without a row, which the next listing
-of the blob store finds. Ages keep useless work away and decide nothing.
+a row that names a blob looks in that same transaction whether the blob is there (`Uploads.add`, `Work.finish`,
+`Jobs.finish_command`), so one of the two always sees the other. A kill between the steps leaves a blob without a row,
+which the next listing of the blob store finds. Ages keep useless work away and decide nothing.
+
+One gap is left, with several replicas only: a replica that is stopped between its last look at the database and the
+deletion, for longer than the database holds the lock for it, or a DELETE that the S3 server carries out late. If
+another replica has named the very same bytes meanwhile, its row is left without them. For an upload or update of a
+site that heals by itself: who needs it finds it missing, and asks the site again or goes on without it. A version would
+have to be equal to one that was just deleted; it is put back from a backup.
 """
 
 from __future__ import annotations
@@ -14,12 +20,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from sqlalchemy import Connection, and_, exists, or_, select, update
+from sqlalchemy import Connection, and_, or_, select, update
 
 from coordinator.rounds import state as s
 from coordinator.storage import schema
-from coordinator.storage.blobs import BlobStore
+from coordinator.storage.blobs import BlobStore, UnfinishedUpload
 from coordinator.storage.database import Database
+from protos.errors import CorruptData, NotFound
 
 # A blob without a row may be a moment before its row; one of this age is not.
 ORPHAN_SECONDS = 3600.0
@@ -108,24 +115,33 @@ class GarbageCollector:
 
     def _drop_unfinished(self) -> None:
         """An upload that is dropped by mistake begins anew; it is never wrong, so nothing is locked for it."""
+        old = [part for part in self.blobs.unfinished() if part.age_seconds > UNFINISHED_SECONDS]
         with self.database.read() as connection:
             uploading = _uploading_sites(connection)
-        for part in self.blobs.unfinished():
-            if part.age_seconds > UNFINISHED_SECONDS and part.owner not in uploading:
+            needed = [part for part in old if part.owner in uploading and not _is_update(connection, part)]
+        for part in old:
+            if part not in needed or self.blobs.size(part.digest) is not None:
                 self.blobs.drop_unfinished(part.owner, part.digest)
 
 
-def drop_damaged(database: Database, blobs: BlobStore, digest: str) -> None:
-    """Forgets a blob whose bytes are not those of its digest, so that its owners are asked for it again."""
-    with database.write() as connection:
-        connection.execute(schema.uploads.delete().where(schema.uploads.c.digest == digest))
-        blobs.delete(digest)
+def drop_damaged(database: Database, blobs: BlobStore, digest: str) -> bool:
+    """Whether the blob is damaged indeed, and not a local copy of it; then its owners are asked for it again.
+
+    Its bytes stay until sealing replaces them, or no row names them any more: another owner may have mended it by now.
+    """
+    try:
+        blobs.verify(digest)
+    except (CorruptData, NotFound):
+        with database.write() as connection:
+            connection.execute(schema.uploads.delete().where(schema.uploads.c.digest == digest))
+        return True
+    return False
 
 
 def named(connection: Connection, digests: Sequence[str]) -> set[str]:
     """Which of these blobs some row names. Every look-up has an index, however long the history is."""
     versions, files, uploads = schema.versions, schema.files, schema.uploads
-    found = _in_progress(connection) & set(digests)
+    found = in_progress(connection) & set(digests)
     for question in (
         select(versions.c.digest).where(versions.c.digest.in_(digests), ~versions.c.deleted),
         select(versions.c.optimizer_digest).where(versions.c.optimizer_digest.in_(digests)),
@@ -139,7 +155,7 @@ def named(connection: Connection, digests: Sequence[str]) -> set[str]:
 def all_named(connection: Connection) -> set[str]:
     """Every blob that some row names."""
     versions = schema.versions
-    found = _in_progress(connection)
+    found = in_progress(connection)
     for question in (
         select(versions.c.digest).where(~versions.c.deleted),
         select(versions.c.optimizer_digest).where(versions.c.optimizer_digest > ""),
@@ -162,7 +178,7 @@ def _rounds_in_progress(connection: Connection) -> list[tuple[str, int]]:
     return found
 
 
-def _in_progress(connection: Connection) -> set[str]:
+def in_progress(connection: Connection) -> set[str]:
     """Blobs that a round in progress has: its updates, what was aggregated of them, a version 0 before its commit."""
     updates, commands, tasks = schema.updates, schema.commands, schema.tasks
     found: set[str] = set()
@@ -192,14 +208,20 @@ def _uploading_sites(connection: Connection) -> set[str]:
     return found
 
 
+def _is_update(connection: Connection, part: UnfinishedUpload) -> bool:
+    """Whether this upload was handed in with a result: what is left of it was not cleared away."""
+    updates = schema.updates
+    mine = select(updates.c.digest).where(updates.c.digest == part.digest, updates.c.site == part.owner)
+    return connection.execute(mine.limit(1)).first() is not None
+
+
 def _release_uploads(connection: Connection, *, write: bool) -> set[str]:
-    """Uploads that became updates of rounds that are over, and those of sites that have nothing to go on with."""
-    uploads, updates = schema.uploads, schema.updates
-    became_update = exists().where(updates.c.digest == uploads.c.digest, updates.c.site == uploads.c.owner)
+    """Uploads that were handed in with a result that is settled, and those of sites that have nothing to go on with."""
+    uploads = schema.uploads
     rows = connection.execute(
         select(uploads.c.owner, uploads.c.digest)
-        .where(or_(became_update, uploads.c.owner.not_in(_uploading_sites(connection))))
-        .where(uploads.c.digest.not_in(_in_progress(connection)))
+        .where(or_(uploads.c.recorded, uploads.c.owner.not_in(_uploading_sites(connection))))
+        .where(uploads.c.digest.not_in(in_progress(connection)))
         .limit(BATCH_ROWS)
     ).all()
     if write:

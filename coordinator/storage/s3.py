@@ -12,18 +12,17 @@ to the same coordinator goes on at the very byte, links that break before a part
 computed as the bytes arrive. When another replica has the beginning, the file here has a hole; then the object is read
 back before it is sealed.
 
-What the server hands out is compared with the digest whenever a copy is made; frames that are read directly are
-compared by the site. Memory: MOST_SENDING parts that are being sent, BLOCKS_KEPT blocks that are being read, and one
-transfer of whole blobs (bucket.TRANSFER).
+What the server hands out is compared with the digest when a copy is made, and models are served from copies: a site
+waits for the whole copy before its first byte, but one wrong answer of the server never reaches it. Memory:
+MOST_SENDING parts that are being sent, and one transfer of whole blobs (bucket.TRANSFER).
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from coordinator.storage.blobs import StoredBlob, UnfinishedUpload
@@ -39,9 +38,6 @@ PART_BYTES = 8 << 20
 MAX_PARTS = 10_000
 # Parts of all uploads on their way at a time; who has another one ready waits.
 MOST_SENDING = 8
-# Frames are served from blocks, so that not each of them is a request.
-BLOCK_BYTES = 4 << 20
-BLOCKS_KEPT = 16
 # Unfinished uploads of one owner, besides the one that it writes.
 KEPT_UPLOADS = 2
 
@@ -52,11 +48,9 @@ class S3BlobStore:
     def __init__(self, bucket: Bucket, *, directory: Path, reserve_bytes: int, cache_bytes: int) -> None:
         self._bucket = bucket
         self._copies = Copies(directory, reserve_bytes=reserve_bytes, budget_bytes=cache_bytes)
-        self._lock = threading.Lock()
         # One download of a whole blob at a time; it is parallel by itself, and who waits may want the same.
         self._downloading = threading.Lock()
         self.senders = ThreadPoolExecutor(MOST_SENDING, thread_name_prefix="s3")
-        self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
 
     def size(self, digest: str) -> int | None:
         return self._bucket.size(_sealed(digest))
@@ -113,37 +107,8 @@ class S3BlobStore:
                 self._bucket.abort(multipart)
 
     def read(self, digest: str, *, offset: int, length: int) -> bytes:
-        key = _sealed(digest)
         copied = self._copies.read(digest, offset=offset, length=length)
-        if copied is not None:
-            return copied
-        data = b""
-        while len(data) < length:
-            index, inside = divmod(offset + len(data), BLOCK_BYTES)
-            piece = self._block(key, index)[inside : inside + length - len(data)]
-            if not piece:
-                break
-            data += piece
-        return data
-
-    def _block(self, key: str, index: int) -> bytes:
-        """Least recently used blocks; several readers of one wait for the same request."""
-        with self._lock:
-            block = self._blocks.get((key, index))
-            mine = block is None
-            if block is None:
-                block = self._blocks[key, index] = Future()
-            self._blocks.move_to_end((key, index))
-            while len(self._blocks) > BLOCKS_KEPT:
-                self._blocks.popitem(last=False)
-        if mine:
-            try:
-                block.set_result(self._bucket.read(key, offset=index * BLOCK_BYTES, length=BLOCK_BYTES))
-            except BaseException as error:
-                with self._lock:
-                    self._blocks.pop((key, index), None)
-                block.set_exception(error)
-        return block.result()
+        return self._bucket.read(_sealed(digest), offset=offset, length=length) if copied is None else copied
 
     def path(self, digest: str) -> Path:
         found = self._copies.find(digest)
@@ -156,22 +121,32 @@ class S3BlobStore:
             size = self.size(digest)
             if size is None:
                 raise NotFound(f"There is no blob {digest[:16]}.")
-            copy, copied = self.download(_sealed(digest), size=size)
-            if copied != digest:
-                copy.unlink()
-                raise CorruptData(f"The blob {digest[:16]} is damaged in {self.location}.")
-            return self._copies.keep(copy, digest)
+            with self.download(_sealed(digest), size=size) as (copy, copied):
+                if copied != digest:
+                    raise CorruptData(f"The blob {digest[:16]} is damaged in {self.location}.")
+                return self._copies.keep(copy, digest)
+
+    def verify(self, digest: str) -> None:
+        self._copies.verify(digest)
+        self.path(digest)
+
+    def in_use(self, digest: str) -> AbstractContextManager[None]:
+        return self._copies.in_use(digest)
 
     @contextmanager
     def local(self, digest: str) -> Iterator[Path]:
-        with self._copies.in_use(digest):
+        with self.in_use(digest):
             yield self.path(digest)
 
-    def download(self, key: str, *, size: int) -> tuple[Path, str]:
-        """A file that nobody else knows, and the digest of what is in it."""
+    @contextmanager
+    def download(self, key: str, *, size: int) -> Iterator[tuple[Path, str]]:
+        """A file that nobody else knows, and the digest of what is in it; gone at the end, unless it was kept."""
         path = self._copies.new_path(size)
-        self._bucket.download(key, path)
-        return path, digest_of_file(path)[0]
+        try:
+            self._bucket.download(key, path)
+            yield path, digest_of_file(path)[0]
+        finally:
+            path.unlink(missing_ok=True)
 
     def adopt(self, path: Path) -> tuple[str, int]:
         digest, size = digest_of_file(path)
@@ -182,9 +157,6 @@ class S3BlobStore:
     def delete(self, digest: str) -> None:
         self._bucket.delete(_sealed(digest))
         self._copies.drop(digest)
-        with self._lock:
-            for key in [key for key in self._blocks if key[0] == _sealed(digest)]:
-                del self._blocks[key]
 
     def forget_upload(self, owner: str, digest: str) -> None:
         key = _upload(owner, digest)
@@ -282,18 +254,25 @@ class S3Upload:
         if not self.is_complete:
             self._complete()
         if is_right:
-            copy = self._spool.path
+            self._publish(self._spool.path)
         else:
             # Another replica saw the beginning, or the file here is damaged, or the bytes are wrong.
-            copy, found = self._store.download(self._key, size=self._size)
-            if found != self._digest:
-                copy.unlink()
-                raise self._corrupt()
-        if self._store.size(self._digest) != self._size:
-            self._bucket.copy(self._key, _sealed(self._digest))
-        with suppress(FileNotFoundError):  # Another writer of the same upload has taken it there.
-            self._copies.keep(copy, self._digest)
+            with self._store.download(self._key, size=self._size) as (copy, found):
+                if found != self._digest:
+                    raise self._corrupt()
+                self._publish(copy)
         self._is_sealed = True
+
+    def _publish(self, copy: Path) -> None:
+        """`copy` was seen to be right."""
+        with suppress(FileNotFoundError):  # Another writer of the same upload has taken it there.
+            if self._store.size(self._digest) != self._size:
+                self._bucket.copy(self._key, _sealed(self._digest))
+            else:
+                # It may be damaged, which is why a site was asked again. What is someone's blob already is replaced by
+                # what is here only: the owner's object may have changed since it was looked at.
+                self._bucket.upload(copy, _sealed(self._digest))
+            self._copies.keep(copy, self._digest)
 
     def close(self) -> None:
         if self._sending is not None:

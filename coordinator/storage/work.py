@@ -53,6 +53,10 @@ class Result:
     files: tuple[tuple[str, str, int], ...] = ()  # INIT: (name, digest, size)
     base_digest: str = ""
 
+    @property
+    def blobs(self) -> list[str]:
+        return [digest for digest in (self.digest, *(digest for _, digest, _ in self.files)) if digest]
+
 
 class Work:
     def __init__(self, database: Database) -> None:
@@ -135,8 +139,7 @@ class Work:
     ) -> tuple[Fate, str]:
         """Records a result once: an update counts by (job, round, site) and its digest.
 
-        LeaseFenced, NotFound; AlreadyExists when another result of this task is recorded; Conflict when `sealed_size`
-        does not know a blob of it.
+        LeaseFenced, NotFound; AlreadyExists: another result of this task is recorded; Conflict: a blob of it is gone.
         """
         with self._database.write() as connection:
             row = _own(connection, task_id, site=site)
@@ -148,7 +151,9 @@ class Work:
             task = task_of(row)
             if task.state.open:
                 # In this transaction: the one that deletes blobs cannot run beside it (storage/garbage.py).
-                _check_sealed(result, sealed_size)
+                gone = next((digest for digest in result.blobs if sealed_size(digest) is None), "")
+                if gone:
+                    raise Conflict(f"The blob {gone[:16]} is not here.", hint="Upload it again, then report again.")
                 self._end(connection, task, TaskState.SUCCEEDED, "", result=result)
                 fate, reason = _record(connection, task, result)
             elif _may_be_asked_again(connection, task):
@@ -277,20 +282,10 @@ def _measure(progress: Mapping[str, Any]) -> tuple[object, ...]:
     return tuple(progress.get(key) for key in ("stage", "done", "total"))
 
 
-def _check_sealed(result: Result, sealed_size: Callable[[str], int | None]) -> None:
-    for digest in _blobs_of(result):
-        if sealed_size(digest) is None:
-            raise Conflict(f"The blob {digest[:16]} is not here any more.", hint="Upload it again, then report again.")
-
-
-def _blobs_of(result: Result) -> list[str]:
-    return [digest for digest in (result.digest, *(digest for _, digest, _ in result.files)) if digest]
-
-
 def _note_recorded(connection: Connection, task: Task, result: Result) -> None:
     """The uploads have become a result."""
     uploads = schema.uploads
-    mine = and_(uploads.c.owner == task.site, uploads.c.digest.in_(_blobs_of(result)))
+    mine = and_(uploads.c.owner == task.site, uploads.c.digest.in_(result.blobs))
     connection.execute(update(uploads).where(mine).values(recorded=True))
 
 

@@ -11,7 +11,11 @@ from pathlib import Path
 
 # In the runner's process children are started while gRPC has threads.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-OWN_WORLD = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
+# unshare itself heeds no signal but SIGKILL, which it passes on.
+OWN_WORLD = (
+    "setpriv", "--pdeathsig", "KILL", "--",
+    "unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc",
+)  # fmt: skip
 INSIDE = "--inside"
 
 
@@ -32,7 +36,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.inside and _has_own_world():
         # Processes, mounts and ports of their own: nothing outlives this, however it ends, and nothing interferes.
-        os.execvp(OWN_WORLD[0], [*OWN_WORLD, sys.executable, "-m", "tests.chaos", *sys.argv[1:], INSIDE])
+        return subprocess.run([*OWN_WORLD, sys.executable, "-m", "tests.chaos", *sys.argv[1:], INSIDE]).returncode
     if options.inside:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     seeds = options.only or range(options.seed0, options.seed0 + options.seeds)
@@ -46,7 +50,7 @@ def main() -> int:
 
 
 def _has_own_world() -> bool:
-    if os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("ip"):
+    if os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "unshare", "ip"))):
         return False
     return subprocess.run([*OWN_WORLD, "true"], capture_output=True).returncode == 0
 

@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,10 +68,10 @@ class Arena:
     # Ends of processes that no fault explains, in words.
     unexplained: list[str] = field(default_factory=list)
     down: dict[str, Down] = field(default_factory=dict)
-    # While a fault is on that may end a process by itself, such as a full disk.
-    excuses: int = 0
-    # When the last such fault was over: a process that began during it may end a little later.
-    excused: float = -math.inf
+    # Nodes that may end by themselves until then, because their disk is or was full; one that began meanwhile may end
+    # a little later. And how often they did so.
+    excused: dict[str, float] = field(default_factory=dict)
+    excused_ends: Counter[str] = field(default_factory=Counter)
     # Servers of the store that a fault has taken away.
     away: set[str] = field(default_factory=set)
     # Nodes under strace, which kills them at their n-th sync, and what it has done since the last run began.
@@ -234,10 +234,12 @@ class Arena:
             expected = self.down.get(name)
             if expected is None and self.traced.pop(name, None):
                 kind = "kill coordinator" if name in self.replicas else "kill agent"
-                self.crashed.append(Injected(Fault(kind, name, When(0, "at a sync")), time.time()))
+                self.crashed.append(Injected(Fault(kind, name, When(0, "at a sync")), time.time(), time.time()))
                 expected = self.down[name] = Down(0.0)
             if expected is None:
-                if not self.excuses and now - self.excused > EXCUSED_SECONDS:
+                if now < self.excused.get(name, -math.inf):
+                    self.excused_ends["coordinator" if name in self.replicas else "agent"] += 1
+                else:
                     self.unexplained.append(f"{name} ended by itself with status {status}:\n{node.tail(30)}")
                 expected = self.down[name] = Down(RESPAWN_SECONDS)
             if expected.ended is None:
@@ -261,16 +263,6 @@ class Arena:
         self.crashed.clear()
         self.traced = {name: sync} if sync else {}
         self.settle()
-
-    @contextlib.contextmanager
-    def excusing(self) -> Iterator[None]:
-        """While this lasts a node may end by itself; it is started again."""
-        self.excuses += 1
-        try:
-            yield
-        finally:
-            self.excuses -= 1
-            self.excused = time.monotonic()
 
     def use_clocks(self, names: set[str]) -> None:
         """From now on these nodes, and no others, have a clock that can be stepped; those that change start anew."""
@@ -326,6 +318,7 @@ class Arena:
         return self.federation.data if name in self.replicas else self.federation.home(name)
 
     def fill(self, name: str, *, leaving_bytes: float) -> None:
+        self.excused[name] = math.inf
         disk = self.disk_of(name)
         free = shutil.disk_usage(disk).free - int(leaving_bytes)
         if free > 0:
@@ -334,6 +327,7 @@ class Arena:
 
     def empty(self, name: str) -> None:
         (self.disk_of(name) / FILLER).unlink(missing_ok=True)
+        self.excused[name] = time.monotonic() + EXCUSED_SECONDS
 
     def is_worn(self) -> bool:
         """Whether so much of the coordinator's small disk is used that a fresh federation is better."""

@@ -7,11 +7,13 @@ whoever it counted, it counted once and as he was.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from tests.chaos.evidence import Evidence
+from tests.chaos.evidence import Evidence, Injected
+from tests.chaos.history import Fact
 from tests.chaos.recompute import Made
 
 LOST, TWICE, DIGEST, BACK, REPEATED, HANGING = (
@@ -20,6 +22,9 @@ LOST, TWICE, DIGEST, BACK, REPEATED, HANGING = (
 RULES = (LOST, TWICE, DIGEST, BACK, REPEATED, HANGING)
 WEIGHT_TOLERANCE = 1e-12
 REFERENCE_TOLERANCE = 1e-6
+ENDED = ("COMPLETED", "FAILED", "CANCELLED")
+# A round may have begun so long before the runner saw it.
+SEEN_LATE_SECONDS = 1.0
 # A trainer may begin its task anew after one of these at its site.
 ENDS_A_TRAINER = (
     "kill agent", "restart agent", "kill trainer", "kill agent and trainer", "full disk of agent", "clock of agent",
@@ -55,9 +60,10 @@ def acknowledged_is_stored(evidence: Evidence) -> Found:
     damaged = _damaged(evidence)
     updates = {(update.round, update.site): update for update in evidence.updates}
     for fact in evidence.of_agents("acknowledged"):
-        if fact["fate"] != "accepted" or fact.actor in damaged:
+        key = (fact["round"], fact.actor)
+        if fact["fate"] != "accepted" or key in damaged:
             continue
-        found = updates.get((fact["round"], fact.actor))
+        found = updates.get(key)
         what = f"the update of {fact.actor} for round {fact['round']}, which was acknowledged,"
         if found is None:
             yield Violation(LOST, f"{what} is not in the store")
@@ -118,7 +124,7 @@ def never_goes_back(evidence: Evidence) -> Found:
         if ended and fact["state"] != ended:
             yield Violation(BACK, f"the job was shown as {ended} and later as {fact['state']}")
         seen_head, seen_round = max(seen_head, head), max(seen_round, fact["round"])
-        if fact["state"] in ("COMPLETED", "FAILED", "CANCELLED"):
+        if fact["state"] in ENDED:
             ended = fact["state"]
     numbers = sorted(version.number for version in evidence.versions)
     if numbers != list(range(len(numbers))):
@@ -140,13 +146,15 @@ def trained_once(evidence: Evidence) -> Found:
         if fact.kind == "sealed":
             sealed.add(key)
             continue
-        if fact["resumed_step"]:
-            continue
-        if key in sealed and fact.actor not in damaged:
+        if key in sealed and key not in damaged:
             yield Violation(REPEATED, f"{fact.actor} had finished its training of round {key[0]} and did it again")
-        begun[key] += 1
+        if not fact["resumed_step"]:
+            begun[key] += 1
     for (number, site), count in begun.items():
-        ends = sum(done.fault.kind in ENDS_A_TRAINER and done.fault.target == site for done in evidence.injected)
+        ends = sum(
+            done.fault.kind in ENDS_A_TRAINER and done.fault.target == site and _touches(done, number, evidence)
+            for done in evidence.injected
+        )
         allowed = 1 + ends + (attempts.get(number, 1) - 1)
         if count > allowed:
             yield Violation(
@@ -159,7 +167,7 @@ def ended_for_a_reason(evidence: Evidence) -> Found:
     for trouble in evidence.troubles:
         yield Violation(HANGING, trouble)
     for fact in evidence.facts:
-        if fact.actor == "operator" and fact.kind == "refused":
+        if fact.actor == "operator" and fact.kind == "refused" and not _came_too_late(fact):
             yield Violation(HANGING, f"the operator's order `{fact['order']}` was refused: {fact['reason']}")
     if evidence.state == "COMPLETED":
         if evidence.head != evidence.scenario.rounds:
@@ -206,6 +214,18 @@ def as_undisturbed(evidence: Evidence, made: Mapping[int, Made]) -> Found:
                 yield Violation(DIGEST, f"version {version.number} is made of {', '.join(sites)} alone")
 
 
-def _damaged(evidence: Evidence) -> set[str]:
-    """Sites whose stored update a fault destroyed: theirs alone may be rejected and made again."""
-    return {done.fault.target for done in evidence.injected if done.fault.kind == "damage update"}
+def _damaged(evidence: Evidence) -> set[tuple[int, str]]:
+    """Round and site of each stored update that a fault destroyed: these alone may be rejected and made again."""
+    return {(done.round, done.fault.target) for done in evidence.injected if done.fault.kind == "damage update"}
+
+
+def _touches(done: Injected, number: int, evidence: Evidence) -> bool:
+    """Whether a fault was on at some time of a round."""
+    begins = evidence.round_begins.get(number, -math.inf)
+    over = min((when for later, when in evidence.round_begins.items() if later > number), default=math.inf)
+    return done.unix_seconds <= over and begins <= done.ended_unix_seconds + SEEN_LATE_SECONDS
+
+
+def _came_too_late(order: Fact) -> bool:
+    """Whether an order was refused because the job had ended, as it may between a look and the order."""
+    return any(f" is {state.lower()}: it cannot be told to" in order["reason"] for state in ENDED)

@@ -5,7 +5,8 @@ Facts are read first and rows after them: what an actor was told before is in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,10 +68,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Injected:
-    """A fault that was done, and when by the wall clock, as the agents' logs have it."""
+    """A fault that was done, and when by the runner's clock: the agents' own may be wrong."""
 
     fault: Fault
     unix_seconds: float
+    # What it ended is back, or it was undone; a fault that stays, such as a wrong clock, ends never.
+    ended_unix_seconds: float = math.inf
+    # The round in progress when it began.
+    round: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class Evidence:
     updates: tuple[Update, ...] = ()
     versions: tuple[Version, ...] = ()
     facts: tuple[Fact, ...] = ()
+    # When each round was first seen in the store, by the runner's clock.
+    round_begins: Mapping[int, float] = field(default_factory=dict)
     injected: tuple[Injected, ...] = ()
     # What went wrong with the run itself: a process that ended by itself, no end in time.
     troubles: tuple[str, ...] = ()

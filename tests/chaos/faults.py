@@ -65,7 +65,8 @@ def inject(fault: Fault, arena: Arena) -> Undo | None:
         arena.cable_cut(NAMESPACE_CUTS[kind])
         return arena.cable_heal
     if kind.startswith("full disk"):
-        return _fill(arena, fault)
+        arena.fill(target, leaving_bytes=fault.amount)
+        return lambda: arena.empty(target)
     if BY_NAME[kind].target in ("postgres", "s3"):
         return _storage(arena, fault)
     if kind.startswith("clock"):
@@ -89,20 +90,8 @@ def _signal_all(processes: list[psutil.Process], number: int) -> None:
             process.send_signal(number)
 
 
-def _fill(arena: Arena, fault: Fault) -> Undo:
-    excuse = arena.excusing()
-    excuse.__enter__()
-    arena.fill(fault.target, leaving_bytes=fault.amount)
-
-    def undo() -> None:
-        arena.empty(fault.target)
-        excuse.__exit__(None, None, None)
-
-    return undo
-
-
 def _storage(arena: Arena, fault: Fault) -> Undo:
-    """A server of the store goes away; a coordinator that starts meanwhile may end by itself."""
+    """A server of the store goes away; a coordinator that starts meanwhile waits for it."""
     engine = arena.storage
     assert isinstance(engine, Servers)
     do, undo = {
@@ -116,15 +105,12 @@ def _storage(arena: Arena, fault: Fault) -> Undo:
     }[fault.kind]
     if arena.away & {fault.target}:
         raise NotNow
-    excuse = arena.excusing()
-    excuse.__enter__()
     arena.away.add(fault.target)
     do()
 
     def back() -> None:
         undo()
         arena.away.discard(fault.target)
-        excuse.__exit__(None, None, None)
 
     return back
 

@@ -31,7 +31,8 @@ class Operator:
     def __init__(self, arena: Arena) -> None:
         profile = replace(load_profile(str(arena.federation.profile)), address=arena.operator_address)
         self._client = OperatorClient(profile)
-        self._orders: queue.SimpleQueue[tuple[str, str, Message]] = queue.SimpleQueue()
+        self._orders: queue.Queue[tuple[str, str, Message]] = queue.Queue()
+        self._paused = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="operator", daemon=True)
         self._history: History | None = None
@@ -65,8 +66,8 @@ class Operator:
 
     @property
     def idle(self) -> bool:
-        """Whether everything that was ordered was acknowledged."""
-        return self._orders.empty()
+        """Whether everything that was ordered was answered; an order that is tried again has left the queue."""
+        return not self._orders.unfinished_tasks
 
     def look(self) -> dict[str, Any] | None:
         """The job as it is shown now; None without an answer."""
@@ -88,6 +89,7 @@ class Operator:
             order = order or self._next()
             if order is not None and self._carry_out(*order):
                 order = None
+                self._orders.task_done()
             if self._job and (shown := self.look()) is not None and self._history is not None:
                 job = shown["job"]
                 self._history.add(
@@ -104,6 +106,8 @@ class Operator:
     def _carry_out(self, what: str, method: str, request: Message) -> bool:
         """Whether it was answered for good."""
         assert self._history is not None
+        if what == "resume job" and not self._paused:
+            return True  # It had ended before it could be paused; a failed one would run again.
         try:
             answer = self._client.ask(method, request, timeout_seconds=CALL_SECONDS)
         except (Conflict, NotFound) as error:
@@ -114,6 +118,7 @@ class Operator:
                 self._history.add("operator", "refused", order=what, reason=error.message)
             return not error.retryable
         self.answered = time.monotonic()
+        self._paused = what == "pause job"
         if method == "SubmitJob":
             self._job = answer.job_id
         self._history.add("operator", what, job=self._job)

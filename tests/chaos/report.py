@@ -19,6 +19,8 @@ class Report:
     failing_seeds: list[int] = field(default_factory=list)
     injected: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    # Processes that ended by themselves on a full disk.
+    excused: Counter[str] = field(default_factory=Counter)
     # Their moment did not come before the job ended.
     not_reached: int = 0
     jobs: Counter[str] = field(default_factory=Counter)
@@ -35,6 +37,7 @@ class Report:
             self.failing_seeds.append(outcome.scenario.seed)
         self.injected += outcome.injected
         self.skipped += outcome.skipped
+        self.excused += outcome.excused
         self.not_reached += outcome.missed.total()
         self.jobs[evidence.state] += 1
         self.rounds_committed += sum(version.number > 0 for version in evidence.versions)
@@ -57,6 +60,8 @@ class Report:
             "faults_injected_total": self.injected.total(),
             "faults_skipped": dict(self.skipped.most_common()),
             "faults_not_reached": self.not_reached,
+            "ends_excused": dict(self.excused),
+            "ends_excused_total": self.excused.total(),
             "jobs": dict(self.jobs),
             "rounds_committed": self.rounds_committed,
             "updates_accepted": self.updates["accepted"],
@@ -77,6 +82,7 @@ class Report:
         lines += [f"    {name:<38}{count:>7}" for name, count in sorted(self.injected.items())]
         lines += [f"    {'all':<38}{self.injected.total():>7}"]
         lines += [f"    {'their moment did not come':<38}{self.not_reached:>7}"]
+        lines += [f"    {'processes that ended on a full disk':<38}{self.excused.total():>7}"]
         lines += ["  SKIPPED, because this machine cannot do them"] if self.skipped else []
         lines += [f"    {why:<70}{count:>7}" for why, count in sorted(self.skipped.items())]
         lines += ["", "  " + ", ".join(f"{count} jobs {state}" for state, count in sorted(self.jobs.items()))]

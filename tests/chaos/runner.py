@@ -7,11 +7,12 @@ for HANG_SECONDS hangs.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from coordinator.storage import schema
 from protos import jobspec
 from tests.chaos import faults
 from tests.chaos.arena import Arena
-from tests.chaos.checker import Violation, check
+from tests.chaos.checker import ENDED, Violation, check
 from tests.chaos.evidence import Evidence, Injected, read_store
 from tests.chaos.history import AgentLog, History
 from tests.chaos.operating import Operator
@@ -34,7 +35,8 @@ from tests.chaos.storing import damage, stored_digest
 
 LOOK_SECONDS = 0.02
 HANG_SECONDS = 90.0
-ENDED = ("COMPLETED", "FAILED", "CANCELLED")
+# Of a seed, whatever goes on meanwhile: a process that dies at each start is something that happens, for ever.
+SEED_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Outcome:
     injected: Counter[str]
     skipped: Counter[str]
     missed: Counter[str]
+    # Ends of processes on a full disk.
+    excused: Counter[str]
     recovery_seconds: float = 0.0
     logs: str = ""
 
@@ -77,7 +81,6 @@ class Runner:
         directory.mkdir(exist_ok=True)
         run = _Run(self, scenario, History(directory / f"{token}.jsonl"))
         began = time.monotonic()
-        self.arena.unexplained.clear()
         run.prepare()
         self.operator.begin(
             run.history, spec_json=jobspec.parse(scenario.recipe).canonical_json, token=f"{token}-{scenario.seed}"
@@ -90,10 +93,15 @@ class Runner:
             scenario=scenario,
             job=self.operator.job,
             facts=tuple(run.history.facts),
+            round_begins=run.round_begins,
             injected=(*run.injected, *self.arena.crashed),
             troubles=(*run.troubles, *self.arena.unexplained),
             **read_store(self._engine, self.operator.job, stored_digest=partial(stored_digest, self.arena.storage)),
         )
+        excused = self.arena.excused_ends.copy()
+        # What ends between two seeds is held against the next one.
+        self.arena.unexplained.clear()
+        self.arena.excused_ends.clear()
         with tempfile.TemporaryDirectory() as scratch:
             violations = check(evidence, recompute(scenario.recipe, evidence.versions, scratch=Path(scratch)))
         return Outcome(
@@ -104,6 +112,7 @@ class Runner:
             injected=Counter(done.fault.kind for done in evidence.injected),
             skipped=run.skipped,
             missed=Counter(fault.kind for fault in run.waiting),
+            excused=excused,
             recovery_seconds=run.recovery_seconds,
             logs=self.arena.tails(80) if violations else "",
         )
@@ -149,7 +158,9 @@ class _Run:
         self.skipped: Counter[str] = Counter()
         self.troubles: list[str] = []
         self.recovery_seconds = 0.0
-        self._undo: list[tuple[float, Callable[[], None]]] = []
+        self.round_begins: dict[int, float] = {}
+        # When it is due, the fault by its place in `injected`, what to call.
+        self._undo: list[tuple[float, int, Callable[[], None]]] = []
         self._view = View()
         # Bytes that each link had passed when the round in progress was first seen.
         self._passed: dict[str, dict[str, int]] = {}
@@ -166,10 +177,11 @@ class _Run:
         self._arena.settle()
 
     def until_the_end(self) -> None:
-        moved = time.monotonic()
+        began = moved = time.monotonic()
         while True:
             seen = self._look()
-            if seen.state in ENDED:
+            self.round_begins.setdefault(seen.round, time.time())
+            if seen.state in ENDED or self._arena.unexplained:
                 return
             if seen != self._view or self._undo or self._arena.down:
                 moved = time.monotonic()
@@ -179,7 +191,10 @@ class _Run:
             if time.monotonic() - moved > HANG_SECONDS:
                 self.troubles.append(f"nothing happened for {HANG_SECONDS:g} s: {self._why()}")
                 return
-            self._undo_what_is_over()
+            if time.monotonic() - began > SEED_SECONDS:
+                self.troubles.append(f"the job did not end within {SEED_SECONDS:g} s: {self._why()}")
+                return
+            self._undo_what_is_over(by=time.monotonic())
             self._keep_running()
             for fault in list(self.waiting):
                 if self._has_come(fault) and self._try(fault):
@@ -188,15 +203,15 @@ class _Run:
 
     def heal(self) -> None:
         """Everything is well again when this returns."""
-        for _, undo in self._undo:
-            undo()
-        self._undo.clear()
+        self._undo_what_is_over(by=math.inf)
         self._arena.network.heal()
         for name in self._arena.clocked:
             self._arena.set_clock(name, 0.0)
         deadline = time.monotonic() + HANG_SECONDS
         while not (self._arena.ready() and self._operator.idle and self._came_back is None):
             self._keep_running()
+            if self._arena.unexplained:
+                return
             if time.monotonic() > deadline:
                 self.troubles.append(f"the federation did not come back within {HANG_SECONDS:g} s")
                 return
@@ -271,20 +286,30 @@ class _Run:
                 undo = faults.inject(fault, self._arena)
         except (faults.NotNow, psutil.Error):
             return False
-        self.injected.append(Injected(fault, time.time()))
+        now = time.time()
+        lasting = undo is not None or fault.target in self._arena.down or fault.kind.startswith("clock")
+        self.injected.append(Injected(fault, now, math.inf if lasting else now, self._view.round))
         self.history.add("chaos", fault.kind, target=fault.target, text=str(fault), seen=f"round {self._view.round}")
         if undo is not None:
-            self._undo.append((time.monotonic() + fault.seconds, undo))
+            self._undo.append((time.monotonic() + fault.seconds, len(self.injected) - 1, undo))
         return True
 
-    def _undo_what_is_over(self) -> None:
-        now = time.monotonic()
-        for due in [due for due in self._undo if due[0] <= now]:
+    def _undo_what_is_over(self, *, by: float) -> None:
+        for due in [due for due in self._undo if due[0] <= by]:
             self._undo.remove(due)
-            due[1]()
+            _, place, undo = due
+            undo()
+            self._note_end(place)
+
+    def _note_end(self, place: int) -> None:
+        self.injected[place] = replace(self.injected[place], ended_unix_seconds=time.time())
 
     def _keep_running(self) -> None:
         started = self._arena.watch()
+        for place, done in enumerate(self.injected):
+            back = done.fault.target in started and done.fault.kind.startswith(("kill", "restart"))
+            if back and done.ended_unix_seconds == math.inf:
+                self._note_end(place)
         if any(name in self._arena.replicas for name in started) and self._came_back is None:
             self._came_back = time.monotonic()
         if self._came_back is not None and self._operator.answered > self._came_back:

@@ -138,8 +138,10 @@ def test_an_acknowledged_update_may_be_rejected_only_where_a_fault_damaged_it(so
         head=0,
     )
     assert [violation.rule for violation in checker.acknowledged_is_stored(rejected)] == [LOST]
-    damage = Injected(Fault("damage update", first.site, When(1, "accepted", first.site)), 0.0)
+    damage = Injected(Fault("damage update", first.site, When(1, "accepted", first.site)), 0.0, round=1)
     assert not list(checker.acknowledged_is_stored(replace(rejected, injected=(damage,))))
+    in_another_round = replace(damage, round=2)
+    assert list(checker.acknowledged_is_stored(replace(rejected, injected=(in_another_round,))))
 
 
 def test_an_accepted_update_that_no_version_counts_is_lost(sound: Sound) -> None:
@@ -261,6 +263,39 @@ def test_a_finished_training_that_is_done_again_is_found(sound: Sound) -> None:
     assert rules(replace(evidence, facts=(*evidence.facts, begun("alfa", 1)), injected=(kill,)), made) == {REPEATED}
 
 
+def test_a_finished_training_that_goes_on_from_a_checkpoint_is_found(sound: Sound) -> None:
+    evidence, made = sound
+    stale = replace(evidence, facts=(*evidence.facts, begun("alfa", 1, step=3)))
+    assert rules(stale, made) == {REPEATED}
+
+
+def test_only_the_training_of_a_damaged_round_may_be_done_again(sound: Sound) -> None:
+    evidence, _ = sound
+    damage = Injected(Fault("damage update", "alfa", When(1, "accepted", "alfa")), 0.0, round=1)
+    again = replace(evidence, facts=(*evidence.facts, begun("alfa", 1, step=3)))
+    assert not list(checker.trained_once(replace(again, injected=(damage,))))
+    assert list(checker.trained_once(replace(again, injected=(replace(damage, round=2),))))
+
+
+def test_a_fault_excuses_only_the_rounds_that_its_time_touches(sound: Sound) -> None:
+    evidence, made = sound
+    fault = Fault("kill agent", "alfa", When(1, "training", "alfa"))
+    in_round = {
+        number: replace(evidence, facts=(begun("alfa", number), *evidence.facts), round_begins={1: 100.0, 2: 200.0})
+        for number in (1, 2)
+    }
+    for number, (began, ended), allowed in (
+        (1, (150.0, 160.0), True),
+        (2, (150.0, 160.0), False),
+        (1, (250.0, 260.0), False),
+        (2, (250.0, 260.0), True),
+        (2, (150.0, 210.0), True),
+    ):
+        kill = Injected(fault, began, ended)
+        found = rules(replace(in_round[number], injected=(kill,)), made)
+        assert found == (set() if allowed else {REPEATED}), (number, began, ended)
+
+
 def test_a_training_that_begins_anew_without_a_fault_that_ended_it_is_found(sound: Sound) -> None:
     evidence, made = sound
     again = replace(evidence, facts=(begun("alfa", 1), *evidence.facts))
@@ -309,6 +344,10 @@ def test_an_order_of_the_operator_that_was_refused_is_found(sound: Sound) -> Non
     evidence, made = sound
     refused = Fact("operator", "refused", about={"order": "pause job", "reason": "a defect"})
     assert rules(replace(evidence, facts=(*evidence.facts, refused)), made) == {HANGING}
+    for state, found in (("completed", set()), ("failed", set()), ("paused", {HANGING})):
+        reason = f"Job job is {state}: it cannot be told to pause."
+        late = Fact("operator", "refused", about={"order": "pause job", "reason": reason})
+        assert rules(replace(evidence, facts=(*evidence.facts, late)), made) == found
 
 
 def test_the_formula_of_the_judge_is_that_of_the_synthetic_trainer(tmp_path: Path, made: dict[int, Made]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,7 @@ from coordinator.storage import schema
 from coordinator.storage.file_blobs import FileBlobStore
 from coordinator.storage.garbage import GarbageCollector, all_named
 from coordinator.storage.store import Store
+from protos.digests import digest_of
 from protos.errors import AlreadyExists, Conflict, CorruptData, NotFound
 from tests.contract.test_garbage import Federation
 from tests.contract.test_store import drive
@@ -168,6 +170,56 @@ def test_damage_is_found_when_it_is_copied_and_when_it_is_put_back(
         make(data, tmp_path / "bad")
     with pytest.raises(NotFound, match="no complete backup"):
         restore(tmp_path / "bad", data=tmp_path / "from-bad", storage={})
+
+
+def test_a_lost_blob_that_can_be_done_without_is_named_and_the_rest_is_kept(
+    federation: Federation, data: Path, tmp_path: Path
+) -> None:
+    federation.round(1)
+    old, config = federation.store.views.model("j", version=0).digest, federation.seal(b"{}")
+    federation.blobs.delete(config)
+    federation.blobs.path(old).write_bytes(b"damaged")
+    said: list[str] = []
+    manifest = make(data, tmp_path / "backup", say=said.append)
+    assert manifest.missing == tuple(sorted((old, config)))
+    assert f"The blob {config[:16]} is not where the coordinator keeps its blobs: config.json of job j." in str(said)
+    assert f"The blob {old[:16]} is damaged where the coordinator keeps it: version 0 of job j." in str(said)
+    restored = restore(tmp_path / "backup", data=tmp_path / "new", storage={"database": "sqlite:///c.db"})
+    assert restored == manifest
+    kept = FileBlobStore(tmp_path / "new/blobs", reserve_bytes=0)
+    with federation.store.database.read() as connection:
+        assert all_named(connection) - {blob.digest for blob in kept.stored()} == {old, config}
+    head = federation.store.views.model("j", version=None).digest
+    federation.blobs.delete(head)
+    with pytest.raises(CorruptData, match=f"{head[:16]} is not .*: version 1 of job j"):
+        make(data, tmp_path / "other")
+    assert make(data, tmp_path / "backup").missing == manifest.missing, "the earlier backup has it"
+
+
+def test_a_blob_that_is_collected_while_it_is_opened_makes_the_rows_be_read_again(
+    federation: Federation, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for site in ("a", "b"):
+        federation.hand_in(site, site.encode())
+    drive(federation.store)
+    looks: list[str] = []
+    copy = shutil.copyfile
+
+    def copied_late(source: Path, target: Path, **more: bool) -> Path:
+        if not looks[1:] and source.name in (digest_of(b"a"), digest_of(b"b")) and source.exists():
+            federation.aggregate(b"version 1")
+            drive(federation.store)
+            federation.collect()
+        return copy(source, target, **more)
+
+    monkeypatch.setattr(shutil, "copyfile", copied_late)
+    manifest = make(data, tmp_path / "backup", say=looks.append)
+    assert len(looks) == 2 and manifest.missing == ()
+
+
+def test_a_backup_shares_no_file_with_the_original(federation: Federation, data: Path, tmp_path: Path) -> None:
+    make(data, tmp_path / "backup")
+    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "backup").rglob("*") if path.is_file())
 
 
 def test_a_database_of_another_schema_is_not_migrated_by_a_backup(

@@ -98,6 +98,16 @@ def test_a_writer_killed_between_seal_and_record_finds_its_upload_complete(reope
     assert store.size(DIGEST) == len(CONTENT)
 
 
+def test_an_upload_that_was_sealed_and_never_named_is_made_again_after_the_blob_was_deleted(reopen: Reopen):
+    upload = reopen().open_upload("st-olav", DIGEST, size=len(CONTENT))
+    upload.append(CONTENT, offset=0)
+    upload.seal()
+    store = reopen()
+    store.delete(DIGEST)
+    put(store, CONTENT)
+    assert store.size(DIGEST) == len(CONTENT)
+
+
 def test_an_append_anywhere_but_at_the_end_names_the_end(reopen: Reopen):
     upload = reopen().open_upload("st-olav", DIGEST, size=len(CONTENT))
     upload.append(CONTENT[:100], offset=0)
@@ -299,5 +309,8 @@ def test_a_local_copy_stays_while_it_is_used(reopen: Reopen):
     put(store, CONTENT)
     with store.local(DIGEST) as path:
         assert path.read_bytes() == CONTENT
+    store.verify(DIGEST)
+    with pytest.raises(NotFound):
+        store.verify(digest_of(b"none"))
     with pytest.raises(NotFound), store.local(digest_of(b"none")):
         pass

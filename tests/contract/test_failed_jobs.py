@@ -11,7 +11,7 @@ from coordinator.storage.store import Store
 from coordinator.storage.work import Result
 from protos.errors import Conflict, LeaseFenced, NotFound
 from protos.identity import Role
-from tests.contract.conftest import NOW, enroll
+from tests.contract.conftest import NOW, enroll, sealed
 from tests.contract.test_garbage import Federation
 from tests.contract.test_store import aggregated, begun, drive, finish, grant, recipe
 
@@ -64,7 +64,7 @@ def test_a_result_that_is_ready_when_its_job_has_failed_stays_at_the_site_until_
     assert state(store) is s.JobState.FAILED
     late = Result(digest="c" * 64, size=8, examples=10, steps=1)
     with pytest.raises(LeaseFenced):
-        store.work.finish(task.id, site="b", generation=task.generation, result=late)
+        store.work.finish(task.id, site="b", generation=task.generation, result=late, sealed_size=sealed)
     control(store, "resume")
     drive(store)
     assert finish(store, "b", "c")[0] is s.Fate.ACCEPTED
@@ -94,7 +94,9 @@ def test_version_0_is_tried_again_when_a_job_that_failed_without_it_is_resumed(s
     control(store, "resume")
     assert "version 0 is being made: hq" in drive(store)
     task = grant(store, "hq").task
-    store.work.finish(task.id, site="hq", generation=task.generation, result=Result(digest="0" * 64, size=8))
+    store.work.finish(
+        task.id, site="hq", generation=task.generation, result=Result(digest="0" * 64, size=8), sealed_size=sealed
+    )
     drive(store)
     assert store.views.job("j").head_version == 0
 
@@ -175,7 +177,7 @@ def test_the_facts_of_a_long_job_are_as_few_as_those_of_a_short_one(store: Store
         accuracy = 0.9 if number == 3 else 0.1
         task = grant(store, "hq").task
         result = Result(examples=5, metrics={"accuracy": accuracy})
-        store.work.finish(task.id, site="hq", generation=task.generation, result=result)
+        store.work.finish(task.id, site="hq", generation=task.generation, result=result, sealed_size=sealed)
         drive(store)
         if number == rounds - 1:
             break
@@ -197,7 +199,7 @@ def test_early_stopping_sees_what_came_after_the_best_version(store: Store) -> N
     for number, accuracy in enumerate([0.1, 0.9, 0.2, 0.3]):
         task = grant(store, "hq").task
         result = Result(examples=5, metrics={"accuracy": accuracy})
-        store.work.finish(task.id, site="hq", generation=task.generation, result=result)
+        store.work.finish(task.id, site="hq", generation=task.generation, result=result, sealed_size=sealed)
         drive(store)
         finish(store, "a", "a")
         finish(store, "b", "c")
@@ -207,7 +209,11 @@ def test_early_stopping_sees_what_came_after_the_best_version(store: Store) -> N
     # Round 4 was under way when the evaluation of version 3 came.
     task = grant(store, "hq").task
     store.work.finish(
-        task.id, site="hq", generation=task.generation, result=Result(examples=5, metrics={"accuracy": 0.1})
+        task.id,
+        site="hq",
+        generation=task.generation,
+        result=Result(examples=5, metrics={"accuracy": 0.1}),
+        sealed_size=sealed,
     )
     drive(store)
     job = store.views.job("j")

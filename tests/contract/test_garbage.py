@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import update
@@ -17,7 +18,8 @@ from coordinator.storage.file_blobs import FileBlobStore
 from coordinator.storage.garbage import GarbageCollector, all_named
 from coordinator.storage.store import Store
 from coordinator.storage.work import Result
-from protos.errors import NotFound, Unavailable
+from protos.digests import digest_of
+from protos.errors import Conflict, NotFound, Unavailable
 from protos.identity import Identity, Role
 from tests.contract.conftest import NOW, enroll
 from tests.contract.test_store import drive, grant, recipe
@@ -54,8 +56,12 @@ class Federation:
         digest = self.upload(site, content)
         files = (("config.json", self.upload(site, file), len(file)),) if file else ()
         result = Result(digest=digest, size=len(content), examples=10, steps=1, files=files, base_digest="b" * 64)
-        self.store.work.finish(task.id, site=site, generation=task.generation, result=result)
+        self.finish(task, result)
         return digest
+
+    def finish(self, task: s.Task, result: Result) -> tuple[s.Fate, str]:
+        which: dict[str, Any] = {"site": task.site, "generation": task.generation}
+        return self.store.work.finish(task.id, result=result, sealed_size=self.blobs.size, **which)
 
     def aggregate(self, content: bytes, *, state: bytes = b"", sealed: bool = True) -> bool:
         _, facts, _ = self.store.jobs.facts("j", now_unix_seconds=NOW)
@@ -78,8 +84,7 @@ class Federation:
     def evaluate(self, loss: float) -> None:
         task = grant(self.store, "hq").task
         assert task.kind is s.TaskKind.EVALUATE
-        result = Result(examples=5, metrics={"loss": loss})
-        self.store.work.finish(task.id, site="hq", generation=task.generation, result=result)
+        self.finish(task, Result(examples=5, metrics={"loss": loss}))
 
     def collect(self, *, keep_versions: int = 0) -> int:
         return GarbageCollector(self.store.database, self.blobs, keep_versions=keep_versions).collect()
@@ -222,7 +227,93 @@ def test_every_blob_that_a_row_names_is_there_after_each_step_of_a_job(federatio
     assert {content for content in federation.contents() if content.startswith(b"v")} == {b"version 3"}
 
 
+def test_what_is_left_of_finished_uploads_goes_though_their_site_is_busy(federation: Federation) -> None:
+    federation.begin()
+    federation.hand_in("a", b"in version 1")
+    contents = {"recorded": b"in version 1", "sealed": b"version 0", "begun": b"not all of it"}
+    for content in contents.values():
+        upload = federation.blobs.open_upload("b", digest_of(content), size=len(content))
+        upload.append(content[:4], offset=0)
+        upload.close()
+    federation.hand_in("b", contents["recorded"])
+    drive(federation.store)
+    assert federation.aggregate(b"version 1")
+    drive(federation.store)
+    grant(federation.store, "b")
+    federation.collect()
+    assert federation.blobs.size(digest_of(contents["recorded"])) is None, "its round is over"
+    federation.age(hours=50)
+    federation.collect()
+    left = {name: federation.blobs.committed_size("b", digest_of(content)) for name, content in contents.items()}
+    assert left == {"recorded": 0, "sealed": 0, "begun": 4}
+
+
 # --- an upload that meets the collector
+
+
+def test_a_result_with_bytes_that_were_collected_is_asked_for_again_and_then_counts(federation: Federation) -> None:
+    federation.begin()
+    federation.round(1)
+    federation.store.jobs.control("j", action="cancel", now_unix_seconds=NOW)
+    federation.collect()
+    # The same recipe once more, and training that is the same to the bit.
+    federation.store.jobs.create(recipe(), job_id="k", submit_token="u", now_unix_seconds=NOW)
+    drive(federation.store, "k")
+    federation.hand_in("hq", b"version 0", file=b"{}")
+    drive(federation.store, "k")
+    task = grant(federation.store, "a").task
+    digest = federation.upload("a", b"a1")
+    federation.collect()
+    assert federation.store.uploads.known("a", [digest]) == {digest}, "not of the earlier job's update"
+    federation.blobs.delete(digest)
+    result = Result(digest=digest, size=2, examples=10, steps=1)
+    with pytest.raises(Conflict, match="Upload it again"):
+        federation.finish(task, result)
+    assert federation.store.jobs.facts("k", now_unix_seconds=NOW)[1].updates == ()
+    federation.upload("a", b"a1")
+    assert federation.finish(task, result)[0] is s.Fate.ACCEPTED
+    federation.collect()
+    assert federation.blobs.size(digest) == 2
+
+
+def test_an_upload_of_an_open_task_is_asked_for_though_the_same_bytes_were_an_update_before(
+    federation: Federation,
+) -> None:
+    federation.begin()
+    federation.round(1)
+    grant(federation.store, "a")
+    digest = digest_of(b"a1")
+    assert federation.store.uploads.known("a", [digest]) == set()
+    federation.upload("a", b"a1")
+    federation.collect()
+    assert federation.store.uploads.known("a", [digest]) == {digest} and federation.blobs.size(digest) == 2
+
+
+def test_a_result_that_is_being_recorded_keeps_its_blob(federation: Federation) -> None:
+    federation.begin()
+    task = grant(federation.store, "a").task
+    digest = federation.seal(b"a1")
+    in_write, asked = threading.Event(), threading.Event()
+    collector = GarbageCollector(federation.store.database, federation.blobs)
+
+    def sealed_size(wanted: str) -> int | None:
+        size = federation.blobs.size(wanted)
+        in_write.set()
+        assert asked.wait(20)
+        return size
+
+    def finish() -> s.Fate:
+        result = Result(digest=digest, size=2, examples=10, steps=1)
+        which: dict[str, Any] = {"site": "a", "generation": task.generation}
+        return federation.store.work.finish(task.id, result=result, sealed_size=sealed_size, **which)[0]
+
+    def collect() -> int:
+        assert in_write.wait(20)
+        asked.set()
+        return collector._delete([digest])
+
+    assert in_threads(finish, collect) == [s.Fate.ACCEPTED, 0]
+    assert federation.blobs.size(digest) == 2
 
 
 def in_threads(*functions: Callable[[], object]) -> list[object]:

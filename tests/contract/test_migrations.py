@@ -24,6 +24,7 @@ from coordinator.storage.schema import metadata
 from coordinator.storage.store import Store
 from coordinator.storage.work import Result
 from protos.errors import Conflict
+from tests.contract.conftest import sealed
 from tests.contract.test_store import drive
 
 SCHEMAS = sorted(Path(__file__).with_name("schemas").glob("*.sql"))
@@ -77,7 +78,9 @@ def test_a_released_schema_is_migrated_with_all_its_rows_and_its_round_goes_on(
 
         assert "bergen uploading 50 %" in drive(store, "open-1")
         result = Result(digest="b" * 64, size=80, examples=30, steps=9)
-        fate = store.work.finish("open-1.1.train.bergen", site="bergen", generation=1, result=result)
+        fate = store.work.finish(
+            "open-1.1.train.bergen", site="bergen", generation=1, result=result, sealed_size=sealed
+        )
         assert fate == (s.Fate.ACCEPTED, "")
         store.jobs.tick("open-1", elapsed_seconds=101)
         assert "aggregates 2 updates" in drive(store, "open-1")

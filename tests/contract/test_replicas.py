@@ -32,7 +32,7 @@ from coordinator.storage.store import Store
 from coordinator.storage.work import Result
 from protos.errors import AlreadyExists, LeaseFenced, SilotuneError
 from protos.identity import Role
-from tests.contract.conftest import NOW, enroll
+from tests.contract.conftest import NOW, enroll, sealed
 from tests.contract.test_store import begun, drive, grant, recipe
 
 SITES = ("a", "b", "c", "d", "e", "f")
@@ -82,7 +82,7 @@ def test_two_replicas_that_are_handed_one_result_count_it_once(replicas: tuple[S
     for site in SITES:
         task = grant(replicas[0], site).task
         result = Result(digest="a" * 64, size=8, examples=1)
-        told: dict[str, Any] = {"site": site, "generation": task.generation, "result": result}
+        told: dict[str, Any] = {"site": site, "generation": task.generation, "result": result, "sealed_size": sealed}
         calls = [partial(store.work.finish, task.id, **told) for store in replicas * 2]
         assert at_once(*calls) == [(s.Fate.ACCEPTED, "")] * 4
     updates = replicas[1].jobs.facts("j", now_unix_seconds=NOW)[1].updates
@@ -94,7 +94,8 @@ def test_of_two_different_results_for_one_task_exactly_one_counts(replicas: tupl
     for site in SITES:
         task = grant(replicas[0], site).task
         results = [Result(digest=digest * 64, size=8, examples=1) for digest in "cd"]
-        finish = [partial(store.work.finish, task.id, site=site, generation=task.generation) for store in replicas]
+        told: dict[str, Any] = {"generation": task.generation, "sealed_size": sealed}
+        finish = [partial(store.work.finish, task.id, site=site, **told) for store in replicas]
         outcomes = at_once(*(partial(call, result=result) for call, result in zip(finish, results, strict=True)))
         won = outcomes.index((s.Fate.ACCEPTED, ""))
         assert isinstance(outcomes[1 - won], AlreadyExists)
@@ -157,7 +158,7 @@ class Replicas(RuleBasedStateMachine):
         drive(self.stores[0], self.job_id)
         task = grant(self.stores[1], "hq").task
         result = Result(digest="0" * 64, size=8, base_digest="b" * 64)
-        self.stores[0].work.finish(task.id, site="hq", generation=task.generation, result=result)
+        self.stores[0].work.finish(task.id, site="hq", generation=task.generation, result=result, sealed_size=sealed)
         self.go_on(1)
 
     def teardown(self) -> None:
@@ -176,7 +177,12 @@ class Replicas(RuleBasedStateMachine):
     def finish(self, store: int, which: int, digest: str, lost: bool) -> None:
         task = self.grants[-1 - which % len(self.grants)]
         result = Result(digest=digest * 64, size=8, examples=10)
-        told: dict[str, Any] = {"site": task.site, "generation": task.generation, "result": result}
+        told: dict[str, Any] = {
+            "site": task.site,
+            "generation": task.generation,
+            "result": result,
+            "sealed_size": sealed,
+        }
         key, before = (task.round, task.site), rows_of(self.stores[0], self.job_id)
         try:
             answer = self.stores[store].work.finish(task.id, **told)

@@ -13,7 +13,7 @@ from coordinator.storage.work import Grant, Result
 from protos import jobspec
 from protos.errors import AlreadyExists, Conflict, LeaseFenced
 from protos.identity import Identity, Role
-from tests.contract.conftest import NOW, enroll
+from tests.contract.conftest import NOW, enroll, sealed
 
 
 def recipe(**changes) -> jobspec.JobSpec:
@@ -50,7 +50,9 @@ def finish(
 ) -> tuple[s.Fate, str]:
     task = grant(store, site).task
     result = Result(digest=digest * 64, size=8, examples=examples, steps=1)
-    return store.work.finish(task.id, site=site, generation=generation or task.generation, result=result)
+    return store.work.finish(
+        task.id, site=site, generation=generation or task.generation, result=result, sealed_size=sealed
+    )
 
 
 def begun(store: Store, *sites: str, spec: jobspec.JobSpec | None = None) -> None:
@@ -63,7 +65,7 @@ def begun(store: Store, *sites: str, spec: jobspec.JobSpec | None = None) -> Non
     task = grant(store, "hq").task
     assert task.kind is s.TaskKind.INIT
     result = Result(digest="0" * 64, size=8, files=(("config.json", "f" * 64, 2),), base_digest="b" * 64)
-    store.work.finish(task.id, site="hq", generation=task.generation, result=result)
+    store.work.finish(task.id, site="hq", generation=task.generation, result=result, sealed_size=sealed)
     drive(store)
 
 
@@ -134,11 +136,11 @@ def test_an_update_counts_once_however_often_it_is_handed_in(store: Store) -> No
     task = grant(store, "a").task
     result = Result(digest="a" * 64, size=8, examples=10)
     for _ in range(3):
-        fate = store.work.finish(task.id, site="a", generation=task.generation, result=result)
+        fate = store.work.finish(task.id, site="a", generation=task.generation, result=result, sealed_size=sealed)
         assert fate == (s.Fate.ACCEPTED, "")
     other = Result(digest="d" * 64, size=8, examples=10)
     with pytest.raises(AlreadyExists):
-        store.work.finish(task.id, site="a", generation=task.generation, result=other)
+        store.work.finish(task.id, site="a", generation=task.generation, result=other, sealed_size=sealed)
     assert len(store.jobs.facts("j", now_unix_seconds=NOW)[1].updates) == 1
 
 
@@ -149,14 +151,17 @@ def test_an_old_lease_is_fenced_and_the_new_one_counts(store: Store) -> None:
     assert new.id == old.id and new.generation == old.generation + 1
     result = Result(digest="a" * 64, size=8, examples=10)
     for call in (
-        lambda: store.work.finish(old.id, site="a", generation=old.generation, result=result),
+        lambda: store.work.finish(old.id, site="a", generation=old.generation, result=result, sealed_size=sealed),
         lambda: store.work.heartbeat(old.id, site="a", generation=old.generation, progress={}, lease_seconds=9),
         lambda: store.work.live(old.id, site="a", generation=old.generation),
         lambda: store.work.fail(old.id, site="a", generation=old.generation, state=s.TaskState.FAILED, reason="x"),
     ):
         with pytest.raises(LeaseFenced):
             call()
-    assert store.work.finish(new.id, site="a", generation=new.generation, result=result)[0] is s.Fate.ACCEPTED
+    assert (
+        store.work.finish(new.id, site="a", generation=new.generation, result=result, sealed_size=sealed)[0]
+        is s.Fate.ACCEPTED
+    )
 
 
 def test_an_agent_that_holds_its_task_is_not_granted_it_again(store: Store) -> None:
@@ -173,9 +178,12 @@ def test_a_late_update_is_discarded_not_rejected(store: Store) -> None:
     store.jobs.tick("j", elapsed_seconds=101)
     assert "aggregates 2 updates" in drive(store)
     result = Result(digest="d" * 64, size=8, examples=10)
-    fate, reason = store.work.finish(late.id, site="c", generation=late.generation, result=result)
+    fate, reason = store.work.finish(late.id, site="c", generation=late.generation, result=result, sealed_size=sealed)
     assert fate is s.Fate.DISCARDED and "closed without this update" in reason
-    assert store.work.finish(late.id, site="c", generation=late.generation, result=result)[0] is s.Fate.DISCARDED
+    assert (
+        store.work.finish(late.id, site="c", generation=late.generation, result=result, sealed_size=sealed)[0]
+        is s.Fate.DISCARDED
+    )
 
 
 def test_an_update_that_comes_between_two_attempts_is_kept_at_the_site_and_counts_in_the_second(store: Store) -> None:
@@ -188,10 +196,13 @@ def test_an_update_that_comes_between_two_attempts_is_kept_at_the_site_and_count
         store.jobs.apply(job, step(job, facts, job.service_seconds), revision=revision, now_unix_seconds=NOW)
     result = Result(digest="c" * 64, size=8, examples=10, steps=1)
     with pytest.raises(LeaseFenced):
-        store.work.finish(late.id, site="b", generation=late.generation, result=result)
+        store.work.finish(late.id, site="b", generation=late.generation, result=result, sealed_size=sealed)
     drive(store)
     again = grant(store, "b").task
-    assert store.work.finish(again.id, site="b", generation=again.generation, result=result)[0] is s.Fate.ACCEPTED
+    assert (
+        store.work.finish(again.id, site="b", generation=again.generation, result=result, sealed_size=sealed)[0]
+        is s.Fate.ACCEPTED
+    )
     assert "aggregates 2 updates" in drive(store)
 
 
@@ -342,7 +353,7 @@ def test_a_site_reads_the_model_of_its_live_task_and_nothing_else(store: Store) 
     found = store.uploads.readable(site, "0" * 64)
     assert found is not None and (found.size, found.task_id) == (8, task.id)
     assert store.uploads.readable(Identity(Role.SITE, "b"), "0" * 64) is None
-    store.work.finish(task.id, site="a", generation=task.generation, result=Result("a" * 64, 8, 1))
+    store.work.finish(task.id, site="a", generation=task.generation, result=Result("a" * 64, 8, 1), sealed_size=sealed)
     assert store.uploads.readable(site, "0" * 64) is None
     assert store.uploads.readable(Identity(Role.OPERATOR, "op"), "f" * 64) is not None
 
@@ -365,4 +376,7 @@ def test_a_lease_that_ran_out_still_counts_while_nobody_else_has_the_task(store:
     store.jobs.tick("j", elapsed_seconds=31)
     drive(store)
     result = Result(digest="a" * 64, size=8, examples=10)
-    assert store.work.finish(task.id, site="a", generation=task.generation, result=result)[0] is s.Fate.ACCEPTED
+    assert (
+        store.work.finish(task.id, site="a", generation=task.generation, result=result, sealed_size=sealed)[0]
+        is s.Fate.ACCEPTED
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +105,17 @@ def test_a_stopped_driver_that_goes_on_after_it_was_replaced_changes_nothing(rep
     shown = replicated.end(job)
     assert shown["job"]["state"] == "COMPLETED"
     assert [sorted(u["site"] for u in r["updates"]) for r in shown["rounds"] if r["number"]] == [list(SITES)] * 2
+
+
+def test_a_coordinator_that_starts_before_its_database_waits_for_it(tmp_path: Path) -> None:
+    with postgres(tmp_path) as database:
+        settings = {"storage": {"database": database.create("silotune"), "reserve_bytes": 1_000_000}}
+        database.stop_immediately()
+        with LocalFederation(tmp_path, settings=settings) as federation:
+            federation.init()
+            node = federation.start_coordinator(wait=False)
+            federation.wait_for(
+                lambda: "waits for the database" in node.log.read_text(), seconds=60, saying="a word about the database"
+            )
+            database.start()
+            federation.wait_for(lambda: is_ready(node), seconds=90, saying="the coordinator being ready")

@@ -23,6 +23,7 @@ from protos.channel import SERVER_OPTIONS
 from protos.digests import digest_of
 from protos.errors import (
     DETAILS_KEY,
+    Conflict,
     LeaseFenced,
     NotFound,
     SilotuneError,
@@ -123,6 +124,7 @@ class Coordinator:
         self.reads: list[int] = []  # the offset of each Read
         self.bytes_read = 0
         self.bytes_written = 0
+        self.lose_blobs = False
         # Faults: `cut_*` end the next stream after so many bytes; the rest hold until they are taken back.
         self.cut_read_at: int | None = None
         self.cut_write_at: int | None = None
@@ -168,6 +170,11 @@ class Coordinator:
 
     async def finish_task(self, request: agent_pb2.FinishTaskRequest) -> agent_pb2.FinishTaskResponse:
         self._check_lease(request.task_id, request.generation)
+        if self.lose_blobs:
+            self.lose_blobs = False
+            self.sealed.clear()
+            self.uploads.clear()
+            raise Conflict("The blob is not here.", hint="Upload it again, then report again.")
         self.finished.append(request)
         self.tasks = [task for task in self.tasks if task.id != request.task_id]
         return agent_pb2.FinishTaskResponse(fate=agent_pb2.FATE_ACCEPTED)

@@ -193,6 +193,20 @@ async def test_a_finished_result_survives_the_agent_and_is_handed_in_by_the_next
     assert len(coordinator.reads) == 1
 
 
+async def test_a_result_that_the_coordinator_has_lost_is_uploaded_again_and_not_trained_again(
+    home: Home, coordinator: Coordinator
+) -> None:
+    coordinator.lose_blobs = True
+    coordinator.add_task(task(), model=MODEL)
+    with capture_logs() as logs:
+        async with running(home):
+            finish = await finish_of(coordinator)
+    blob = finish.succeeded.manifest.blob
+    assert len(coordinator.sealed[blob.digest]) == blob.size
+    assert coordinator.bytes_written == 2 * blob.size
+    assert [line["event"] for line in logs].count("The trainer begins.") == 1
+
+
 async def test_an_outage_in_mid_work_loses_nothing(home: Home, coordinator: Coordinator) -> None:
     coordinator.add_task(task(job=spec(train_seconds=1)), model=MODEL)
     coordinator.cut_read_at = 0

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,8 @@ class Bench:
         digest, size = self.blobs.adopt(path)
         self.store.uploads.add(site, digest=digest, size=size, sealed_size=self.blobs.size)
         result = Result(digest=digest, size=size, examples=10, steps=1)
-        self.store.work.finish(grant.task.id, site=site, generation=grant.task.generation, result=result)
+        told: dict[str, Any] = {"result": result, "sealed_size": self.blobs.size}
+        self.store.work.finish(grant.task.id, site=site, generation=grant.task.generation, **told)
         return True
 
     @asynccontextmanager
