@@ -122,7 +122,8 @@ def enroll(
 def run(*, home: Home, text: bool, log_format: str, insecure_loopback: bool) -> None:
     """Asks the coordinator for work and does what the policy allows, until it is stopped.
 
-    SIGTERM or Ctrl-C stops it within ten seconds; finished work is kept and handed in at the next start.
+    SIGTERM or Ctrl-C stops it. Finished work is kept and handed in at the next start; a training is saved at its next
+    step, for which it has [device] stop_seconds (30), and goes on from there.
 
     \b
     Examples:
@@ -181,9 +182,12 @@ def _pause_sentence(home: Home) -> str:
 def pause(*, home: Home, text: bool, for_: str | None) -> dict[str, Any]:
     """Gives this machine's device back at the trainer's next step, and keeps it free.
 
-    The training's state is saved and goes on later from there, bit for bit as if it had not been paused. The task stays
-    this site's; the coordinator is told that it is paused, and closes its round by the round's own rules. Holds over
-    restarts of the agent.
+    The training's state is saved and goes on later from there, bit for bit as if it had not been paused. A step and
+    saving may take 120 s together, and the disk must have room; else it goes on from its last checkpoint (the recipe's
+    checkpoint_seconds) or from the beginning, and the agent's log says so.
+
+    The task stays this site's; the coordinator is told that it is paused, and closes its round by the round's own
+    rules. Holds over restarts of the agent.
 
     \b
     Example:
