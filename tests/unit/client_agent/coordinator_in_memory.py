@@ -256,7 +256,16 @@ class Coordinator:
     def replica(self) -> Coordinator:
         """Another coordinator with the same authority and the same work, blobs and uploads."""
         other = Coordinator()
-        for name in ("authority", "server_authority", "tasks", "blobs", "leased", "uploads", "sealed"):
+        for name in (
+            "authority",
+            "server_authority",
+            "client_authority",
+            "tasks",
+            "blobs",
+            "leased",
+            "uploads",
+            "sealed",
+        ):
             setattr(other, name, getattr(self, name))
         return other
 
