@@ -152,7 +152,7 @@ def _explain_certificate(
 
 def _not_taken(issuer: x509.Name | None, *, route: Route) -> str:
     if issuer is None or _is_ours(issuer, route):
-        return "does not take this agent's certificate"
+        return "does not take this agent's certificate; it may have expired, or one of the two clocks is wrong"
     return (
         f"does not take this agent's certificate; the one it shows was issued by {_name(issuer)!r}, and if that is a "
         "proxy that inspects TLS, ask your network team to let this connection through untouched"

@@ -19,6 +19,7 @@ FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.25, 10.0
 
 UNREACHABLE = "The coordinator cannot be reached"
 TLS_FAILED = "the TLS handshake failed"
+CLOSED = "it closed the connection"
 NOT_OF_OUR_CA = "its certificate was not issued by this federation's CA"
 
 Answer = TypeVar("Answer")
@@ -58,7 +59,7 @@ def _plain(code: str, details: str) -> str:
         "Temporary failure in name resolution": "its host name could not be looked up",
         "Network is unreachable": "the network is unreachable",
         "No route to host": "there is no route to its host",
-        "Socket closed": "it closed the connection",
+        "Socket closed": CLOSED,
         "Connection reset": "the connection was reset",
         "Handshake": TLS_FAILED,
         "handshake failed": TLS_FAILED,

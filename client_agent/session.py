@@ -150,11 +150,12 @@ class Session:
                 return answer
 
     async def _in_words(self, error: SilotuneError) -> str:
-        """gRPC does not tell a proxy that inspects TLS from any other failed handshake; a look at the port does."""
-        tls = rpc.TLS_FAILED in error.message or rpc.NOT_OF_OUR_CA in error.message
+        """gRPC does not tell a proxy that inspects TLS, or a certificate that is not taken; a look at the port does."""
+        tls = any(words in error.message for words in (rpc.TLS_FAILED, rpc.NOT_OF_OUR_CA, rpc.CLOSED))
         for address in self.identity.addresses if error.message.startswith(rpc.UNREACHABLE) else ():
             if tls or self._route.proxy_for(address) is not None:
-                found = await asyncio.to_thread(probe, address, route=self._route)
+                own = self._home.identity / identities.CERTIFICATE, self._home.identity / identities.KEY
+                found = await asyncio.to_thread(probe, address, route=self._route, own=own)
                 if not found.reachable:
                     return f"{rpc.UNREACHABLE}: {found.sentence}."
         return str(error)

@@ -79,6 +79,8 @@ class Arena:
     crashed: list[Injected] = field(default_factory=list)
     # Nodes whose clock is the file in clocks/.
     clocked: set[str] = field(default_factory=set)
+    # A site was revoked, and its certificate is of no use any more.
+    has_lost_a_site: bool = False
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Arena:
@@ -295,13 +297,6 @@ class Arena:
                 raise TimeoutError(f"the federation did not come back within {seconds:g} s\n{self.tails()}")
             time.sleep(0.05)
 
-    def enroll_again(self, site: str) -> None:
-        """After a revocation: a fresh certificate under the same name."""
-        self.end(site, signal.SIGKILL, seconds=0.0)
-        self.node(site).process.wait(10)
-        link = self.network.links[site]
-        self.federation.enroll(site, site_toml=SITE_TOML, coordinator=link.address, replace=True)
-
     def tails(self, lines: int = 40) -> str:
         return "\n".join(f"--- {node.name}\n{node.tail(lines)}" for node in self.federation.nodes.values())
 
@@ -330,8 +325,11 @@ class Arena:
         self.excused[name] = time.monotonic() + EXCUSED_SECONDS
 
     def is_worn(self) -> bool:
-        """Whether so much of the coordinator's small disk is used that a fresh federation is better."""
-        return not self.missing.get("disk") and shutil.disk_usage(self.federation.data).free < 300e6
+        """Whether a fresh federation is better: a site is revoked, or the coordinator's small disk is used up.
+
+        A site that is enrolled again would have a certificate of today, of the future once a clock is put back.
+        """
+        return self.has_lost_a_site or not self.missing.get("disk") and shutil.disk_usage(self.federation.data).free < 300e6
 
     # --- the namespace's cable
 

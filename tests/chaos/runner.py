@@ -216,8 +216,7 @@ class _Run:
                 self.troubles.append(f"the federation did not come back within {HANG_SECONDS:g} s")
                 return
             time.sleep(LOOK_SECONDS)
-        for site in self._revoked:
-            self._arena.enroll_again(site)
+        self._arena.has_lost_a_site |= bool(self._revoked)
 
     # --- looking
 

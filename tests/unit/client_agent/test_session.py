@@ -109,3 +109,21 @@ async def test_a_proxy_that_inspects_tls_is_named_while_it_is_waited_for(home: H
     trying.cancel()
     assert "was issued by 'test federation', not by this federation; a proxy that inspects TLS" in waiting.sentence
     await session.close()
+
+
+async def test_a_certificate_that_is_not_taken_is_told_while_it_is_waited_for(
+    home: Home, coordinator: Coordinator
+) -> None:
+    """gRPC itself says "socket closed": TLS 1.3 refuses a client's certificate only after the handshake."""
+    key = (home.identity / identity.KEY).read_bytes()
+    stranger = Authority().sign(identity.make_csr(key, name="st-olav"), name="st-olav")
+    (home.identity / identity.CERTIFICATE).write_bytes(stranger)
+    waiting = Waiting()
+    session = Session(home, waiting=waiting)
+    trying = asyncio.create_task(
+        session.patiently(lambda: session.lease(agent_pb2.AgentInfo(), holding=[], wait_seconds=0))
+    )
+    await coordinator.until(lambda: waiting.sentence)
+    trying.cancel()
+    assert "does not take this agent's certificate; it may have expired" in waiting.sentence
+    await session.close()
