@@ -272,6 +272,7 @@ class Stages:
             device=facts.choose_device(self.settings.device, gpu=self.gpu),
             threads=self.settings.device.threads,
             model_digest=grant.work.model_digest,
+            site=self.session.identity.name,
         )
 
     def _on_progress(self, grant: Grant) -> Callable[[dict[str, Any]], None]:

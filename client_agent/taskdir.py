@@ -66,6 +66,7 @@ class TaskSpec:
     device: str  # "cpu" | "cuda:0"
     threads: int
     model_digest: str = ""
+    site: str = ""
 
     def work_digest(self, **more: Any) -> str:
         """Of all that a training follows from, `more` included. The grant, and where the site keeps things, are not."""

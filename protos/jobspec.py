@@ -10,86 +10,40 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from protos.digests import DIGEST, digest_of
+from protos.digests import digest_of
 from protos.errors import RecipeInvalid
-from protos.identity import NAME
-from protos.metrics import LOWER_IS_BETTER
+from protos.metrics import LOWER_IS_BETTER, benchmark_of
 from protos.recipe_errors import explain
-
-SiteName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/\-]{0,127}$")]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Classification(_Part):
-    """Text classification with an encoder: one text, one of the ordered labels."""
-
-    # What an evaluation of this task reports.
-    measures: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "macro_f1", "matthews_correlation")
-
-    type: Literal["classification"]
-    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=1000)]
-    max_length: Annotated[int, Field(ge=4, le=8192)] = 128
-
-    @model_validator(mode="after")
-    def _labels_differ(self) -> Classification:
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels must differ from one another")
-        return self
+from protos.recipe_methods import BaseModelRef as BaseModelRef
+from protos.recipe_methods import Full as Full
+from protos.recipe_methods import Lora as Lora
+from protos.recipe_methods import Method
+from protos.recipe_part import Name, Part, SiteName
+from protos.recipe_rules import FOLDING_RULES, REBASING_RULES
+from protos.recipe_rules import Aggregation as Aggregation
+from protos.recipe_rules import Encoding as Encoding
+from protos.recipe_rules import FedAdam as FedAdam
+from protos.recipe_rules import FedAvgM as FedAvgM
+from protos.recipe_rules import FedYogi as FedYogi
+from protos.recipe_rules import NoServerOptimizer as NoServerOptimizer
+from protos.recipe_rules import ServerOptimizer as ServerOptimizer
+from protos.recipe_tasks import CausalLm as CausalLm
+from protos.recipe_tasks import Classification as Classification
+from protos.recipe_tasks import Synthetic as Synthetic
+from protos.recipe_tasks import Task
 
 
-class Synthetic(_Part):
-    """No model: the trainer returns the received tensors plus small deterministic noise. For tests and benchmarks."""
-
-    measures: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
-
-    type: Literal["synthetic"]
-    payload_mb: Annotated[float, Field(gt=0, le=100_000)] = 1.0
-    train_seconds: Annotated[float, Field(ge=0, le=86_400)] = 0.0
-    noise: Annotated[float, Field(ge=0, le=1)] = 1e-3
-
-
-class Data(_Part):
+class Data(Part):
     """The name under which each site's site.toml describes its own rows."""
 
     name: Name
 
 
-class BaseModelRef(_Part):
-    """The frozen starting point. Without a digest the first site to build version 0 pins its own for all others."""
-
-    name: Name
-    digest: Annotated[str, Field(pattern=f"^{DIGEST.pattern}$")] | None = None
-    # Keep only the first n encoder layers.
-    layers: Annotated[int, Field(ge=1, le=1000)] | None = None
-
-
-class Full(_Part):
-    """Every weight is federated, except the embeddings where they are frozen."""
-
-    type: Literal["full"]
-    freeze_embeddings: bool = False
-
-
-class Lora(_Part):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) and the task's head are federated."""
-
-    type: Literal["lora"]
-    rank: Annotated[int, Field(ge=1, le=1024)] = 8
-    alpha: Annotated[float, Field(gt=0)] = 16
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    # Names of the linear layers that get an adapter, as PEFT understands them.
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("query", "value")
-
-
-class Schedule(_Part):
+class Schedule(Part):
     """The learning rate over rounds: constant, or falling to `final` times its start by the last round.
 
     The default is above 0, because a last round at learning rate 0 would train nothing.
@@ -97,9 +51,27 @@ class Schedule(_Part):
 
     type: Literal["constant", "linear", "cosine"] = "constant"
     final: Annotated[float, Field(ge=0, le=1)] = 0.1
+    # Constant within a round, or falling with each step as well.
+    over: Literal["rounds", "steps"] = "rounds"
+    # Round t of R has come t / R of the way, as FlowerTune counts: the first is below the start already.
+    one_based: bool = False
+
+    def progress(self, *, round_number: int, rounds: int, part: float) -> float:
+        """How far the schedule has come, 0 to 1; `part` of the round is done, 0 to 1."""
+        if self.over == "steps":
+            return (round_number - 1 + part) / rounds
+        if self.one_based:
+            return round_number / rounds
+        return (round_number - 1) / (rounds - 1) if rounds > 1 else 0.0
+
+    @model_validator(mode="after")
+    def _one_way_of_counting(self) -> Schedule:
+        if self.one_based and self.over == "steps":
+            raise ValueError("one_based counts rounds; with over = 'steps' there is nothing for it to count")
+        return self
 
 
-class Local(_Part):
+class Local(Part):
     """Training at a site within one round: a number of passes over its rows, or of optimizer steps."""
 
     epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
@@ -115,6 +87,12 @@ class Local(_Part):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # The trainer saves its whole state this often, so that a killed one goes on from there. Default: not at all.
     checkpoint_seconds: Annotated[float, Field(gt=0)] | None = None
+    # Activations are computed again on the way back: a third more time for a fraction of the memory.
+    gradient_checkpointing: bool = False
+    # Whether each round shuffles anew. "same" is what FlowerTune does: few steps a round then see the same rows always.
+    data_order: Literal["new", "same"] = "new"
+    # Compiles the model before the first step; it pays where rounds are long.
+    compile: bool = False
     schedule: Schedule = Schedule()
 
     @model_validator(mode="after")
@@ -128,7 +106,7 @@ class Local(_Part):
         return self
 
 
-class Cohort(_Part):
+class Cohort(Part):
     """Who trains in a round, and how long it waits."""
 
     # All enrolled sites, or the named ones.
@@ -159,7 +137,7 @@ class Cohort(_Part):
         return self
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """Measuring committed versions. Validation data selects the best round; test data is reported once, at the end."""
 
     where: tuple[Literal["sites", "house"], ...] = ("sites",)
@@ -171,6 +149,10 @@ class Evaluation(_Part):
     deadline_seconds: Annotated[float, Field(gt=0)] = 3600
     # The house agent's test split, once, on the best version.
     test: bool = False
+    # Questions with options, where the evaluating agent has a data set of that name.
+    benchmarks: tuple[Literal["pubmedqa", "medmcqa", "medqa"], ...] = ()
+    # Longest answer that is generated for a question.
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 8
 
     @model_validator(mode="after")
     def _agree(self) -> Evaluation:
@@ -185,70 +167,42 @@ class Evaluation(_Part):
         return self.metric in LOWER_IS_BETTER
 
 
-class NoServerOptimizer(_Part):
-    """The mean becomes the next version as it is."""
-
-    type: Literal["none"]
-
-
-class FedAvgM(_Part):
-    """Server momentum (Hsu et al. 2019, arXiv:1909.06335): u = momentum u + delta; x += learning_rate u."""
-
-    type: Literal["fedavgm"]
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-
-
-class FedAdam(_Part):
-    """FedOpt (Reddi et al. 2021, arXiv:2003.00295) with Adam's second moment. No bias correction, as published."""
-
-    type: Literal["fedadam"]
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    tau: Annotated[float, Field(gt=0)] = 1e-3
-
-
-class FedYogi(_Part):
-    """FedOpt (Reddi et al. 2021, arXiv:2003.00295) with Yogi's second moment."""
-
-    type: Literal["fedyogi"]
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    tau: Annotated[float, Field(gt=0)] = 1e-3
+# Keys that 0.1 does not know, and their defaults. With its default a key is not written: a recipe keeps its hash, to
+# which approvals are bound, and an agent of the release before reads it.
+LATER_KEYS: tuple[tuple[tuple[str, ...], Any], ...] = (
+    (("local", "checkpoint_seconds"), None),
+    (("local", "gradient_checkpointing"), False),
+    (("local", "data_order"), "new"),
+    (("local", "compile"), False),
+    (("local", "schedule", "over"), "rounds"),
+    (("local", "schedule", "one_based"), False),
+    (("base_model", "revision"), None),
+    (("base_model", "quantization"), "none"),
+    (("base_model", "double_quantization"), False),
+    (("base_model", "dtype"), "float32"),
+    (("base_model", "attention"), "auto"),
+    (("method", "scale"), "alpha/rank"),
+    (("method", "ranks"), {}),
+    (("aggregation", "svd_energy"), 1.0),
+    (("evaluation", "benchmarks"), []),
+    (("evaluation", "max_new_tokens"), 8),
+    (("encoding",), Encoding().model_dump(mode="json")),
+)
 
 
-ServerOptimizer = Annotated[NoServerOptimizer | FedAvgM | FedAdam | FedYogi, Field(discriminator="type")]
-
-
-class Aggregation(_Part):
-    """How updates combine: the weighted mean (FedAvg, McMahan et al. 2017, arXiv:1602.05629)."""
-
-    rule: Literal["mean"] = "mean"
-    weights: Literal["examples", "steps", "equal"] = "examples"
-    # No site's share exceeds this part of the whole; the excess goes to the others in proportion.
-    max_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    server_optimizer: ServerOptimizer = NoServerOptimizer(type="none")
-
-
-# Keys that 0.1 does not know. Unset they are not written: a recipe keeps its hash, to which approvals are bound, and an
-# agent of the release before reads it.
-LATER_KEYS = (("local", "checkpoint_seconds"),)
-
-
-class JobSpec(_Part):
+class JobSpec(Part):
     """A whole recipe. `parse` is the way in."""
 
     name: Name
-    task: Annotated[Classification | Synthetic, Field(discriminator="type")]
+    task: Task
     data: Data | None = None
     base_model: BaseModelRef | None = None
-    method: Annotated[Full | Lora, Field(discriminator="type")] = Full(type="full")
+    method: Method = Full(type="full")
     local: Local
     cohort: Cohort = Cohort()
     aggregation: Aggregation = Aggregation()
     evaluation: Evaluation = Evaluation()
+    encoding: Encoding = Encoding()
     rounds: Annotated[int, Field(ge=1, le=1_000_000)]
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
 
@@ -261,6 +215,12 @@ class JobSpec(_Part):
             raise ValueError(f"a {self.task.type} task needs [base_model] and [data]")
         if self.evaluation.metric not in self.task.measures:
             raise ValueError(f"metric must be one of {', '.join(self.task.measures)} for a {self.task.type} task")
+        if self.evaluation.benchmarks and not isinstance(self.task, CausalLm):
+            raise ValueError("benchmarks are questions to a causal-lm; this task has none")
+        measured = benchmark_of(self.evaluation.metric)
+        if measured and measured not in self.evaluation.benchmarks:
+            raise ValueError(f"metric is {self.evaluation.metric}, but benchmarks does not name {measured}")
+        self._check_method()
         count = self.cohort.size if self.cohort.size != "all" else None
         if count is None and isinstance(self.cohort.sites, tuple):
             count = len(self.cohort.sites)
@@ -268,30 +228,53 @@ class JobSpec(_Part):
             raise ValueError(f"max_share {self.aggregation.max_share} cannot hold for {count} sites: it must be >= 1/n")
         return self
 
+    def _check_method(self) -> None:
+        rule, method, encoding = self.aggregation.rule, self.method, self.encoding
+        if self.base_model and self.base_model.quantization != "none" and not isinstance(method, Lora):
+            raise ValueError("quantization freezes the base model, so it needs method lora")
+        if rule == "mean":
+            return
+        if not isinstance(method, Lora):
+            raise ValueError(f"rule {rule} combines pairs of LoRA factors, so it needs method lora")
+        if rule in REBASING_RULES and self.aggregation.server_optimizer.type != "none":
+            raise ValueError(f"rule {rule} changes what the factors stand for, so it takes no server_optimizer")
+        if rule in REBASING_RULES and encoding.up != "raw" and encoding.error_feedback:
+            raise ValueError(f"rule {rule} changes what the factors stand for, so error_feedback must be false")
+        if rule in FOLDING_RULES and encoding.down != "raw":
+            raise ValueError(f"rule {rule} lets versions grow, so down must be raw under [encoding]")
+
     @property
     def canonical_json(self) -> str:
         """The same spec always has the same text: keys sorted, defaults written out, but for LATER_KEYS."""
         fields = self.model_dump(mode="json")
-        for table, key in LATER_KEYS:
-            if fields[table][key] is None:
-                del fields[table][key]
+        for (*tables, key), default in LATER_KEYS:
+            table: Any = fields
+            for name in tables:
+                table = table.get(name) or {}
+            if key in table and table[key] == default:
+                del table[key]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     @property
     def hash(self) -> str:
         return digest_of(self.canonical_json.encode())
 
-    def learning_rate_at(self, round_number: int) -> float:
-        """The local learning rate of round 1 .. rounds; `schedule.final` times the start in the last round."""
-        local, schedule = self.local, self.local.schedule
-        progress = (round_number - 1) / (self.rounds - 1) if self.rounds > 1 else 0.0
+    def learning_rate_at(self, round_number: int, *, part: float = 0.0) -> float:
+        """The local learning rate in round 1 .. rounds once `part` of the round is done, 0 to 1."""
+        schedule = self.local.schedule
+        progress = schedule.progress(round_number=round_number, rounds=self.rounds, part=part)
         if schedule.type == "linear":
             scale = 1 - (1 - schedule.final) * progress
         elif schedule.type == "cosine":
             scale = schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * progress))
         else:
             scale = 1.0
-        return local.learning_rate * scale
+        return self.local.learning_rate * scale
+
+    def rank_at(self, site: str) -> int:
+        """The LoRA rank of a site's factors. Only for method lora."""
+        assert isinstance(self.method, Lora)
+        return self.method.ranks.get(site, self.method.rank)
 
     def is_evaluated(self, version: int) -> bool:
         """Whether version 0 .. rounds is measured on validation data."""

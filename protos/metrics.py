@@ -10,6 +10,15 @@ from collections.abc import Mapping
 
 from protos.errors import InvalidInput
 
+# Question sets with options; each is measured by what the model writes and by which option it finds most likely.
+BENCHMARKS = ("pubmedqa", "medmcqa", "medqa")
+# questions: how many; unparseable: the part whose answer is none of the options; parseable_accuracy: of the rest;
+# option_accuracy: by the options' likelihood; gained, lost: right now and wrong in version 0, and the other way round.
+BENCHMARK_MEASURES = (
+    "accuracy", "unparseable", "parseable_accuracy", "option_accuracy", "questions", "gained", "lost",
+)  # fmt: skip
+BENCHMARK_METRICS = frozenset(f"{name}_{measure}" for name in BENCHMARKS for measure in BENCHMARK_MEASURES)
+
 # Results and progress of training and evaluation. Higher is better, unless the name is in LOWER_IS_BETTER.
 METRICS = frozenset(
     {
@@ -24,9 +33,10 @@ METRICS = frozenset(
         "update_norm",
         "gpu_memory_bytes",
         "skipped_rows",
+        *BENCHMARK_METRICS,
     }
 )
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", *(f"{name}_unparseable" for name in BENCHMARKS)})
 
 # Where a task's time went at the site, in seconds.
 STAGE_SECONDS = frozenset({"fetch", "load", "first_step", "train", "evaluate", "save", "upload"})
@@ -40,3 +50,8 @@ def check_numbers(numbers: Mapping[str, float], *, allowed: frozenset[str]) -> d
         if not math.isfinite(value):
             raise InvalidInput(f"The reported {name} is not a finite number.")
     return dict(numbers)
+
+
+def benchmark_of(metric: str) -> str:
+    """The benchmark that a metric belongs to; empty when it belongs to none."""
+    return metric.partition("_")[0] if metric in BENCHMARK_METRICS else ""

@@ -81,7 +81,18 @@ def _key_at_fault(reason: str, fields: object) -> tuple[str, ...]:
     return ()
 
 
-_TAGS = {"classification", "synthetic", "full", "lora", "none", "fedavgm", "fedadam", "fedyogi"}
+_TAGS = {
+    "classification",
+    "causal-lm",
+    "synthetic",
+    "PromptTemplate",
+    "full",
+    "lora",
+    "none",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+}
 _TYPE_WORDS = ("literal[", "constrained-", "tuple[", "function-")
 _PATTERNS = {
     f"^{NAME.pattern}$": "a site name: 1 to 63 lower-case letters, digits and hyphens",

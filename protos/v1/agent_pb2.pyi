@@ -88,57 +88,81 @@ class DataSetInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class BaseModelInfo(_message.Message):
-    __slots__ = ("name", "digest", "parameters", "size_bytes", "hidden_size", "layers")
+    __slots__ = ("name", "digest", "parameters", "size_bytes", "hidden_size", "layers", "linear", "vocabulary")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    LINEAR_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     parameters: int
     size_bytes: int
     hidden_size: int
     layers: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., parameters: _Optional[int] = ..., size_bytes: _Optional[int] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ...) -> None: ...
+    linear: _containers.RepeatedCompositeFieldContainer[LinearLayers]
+    vocabulary: int
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., parameters: _Optional[int] = ..., size_bytes: _Optional[int] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., linear: _Optional[_Iterable[_Union[LinearLayers, _Mapping]]] = ..., vocabulary: _Optional[int] = ...) -> None: ...
+
+class LinearLayers(_message.Message):
+    __slots__ = ("name", "out_features", "in_features", "count")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OUT_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    IN_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    out_features: int
+    in_features: int
+    count: int
+    def __init__(self, name: _Optional[str] = ..., out_features: _Optional[int] = ..., in_features: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class AgentInfo(_message.Message):
-    __slots__ = ("version", "device", "data_sets", "base_models", "memory_bytes", "free_disk_bytes")
+    __slots__ = ("version", "device", "data_sets", "base_models", "memory_bytes", "free_disk_bytes", "gpu_memory_bytes", "gpus")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DATA_SETS_FIELD_NUMBER: _ClassVar[int]
     BASE_MODELS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
     version: str
     device: str
     data_sets: _containers.RepeatedCompositeFieldContainer[DataSetInfo]
     base_models: _containers.RepeatedCompositeFieldContainer[BaseModelInfo]
     memory_bytes: int
     free_disk_bytes: int
-    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., data_sets: _Optional[_Iterable[_Union[DataSetInfo, _Mapping]]] = ..., base_models: _Optional[_Iterable[_Union[BaseModelInfo, _Mapping]]] = ..., memory_bytes: _Optional[int] = ..., free_disk_bytes: _Optional[int] = ...) -> None: ...
+    gpu_memory_bytes: int
+    gpus: int
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., data_sets: _Optional[_Iterable[_Union[DataSetInfo, _Mapping]]] = ..., base_models: _Optional[_Iterable[_Union[BaseModelInfo, _Mapping]]] = ..., memory_bytes: _Optional[int] = ..., free_disk_bytes: _Optional[int] = ..., gpu_memory_bytes: _Optional[int] = ..., gpus: _Optional[int] = ...) -> None: ...
 
 class LeaseTaskRequest(_message.Message):
-    __slots__ = ("agent", "wait_seconds", "holding")
+    __slots__ = ("agent", "wait_seconds", "holding", "keeps")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     HOLDING_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_FIELD_NUMBER: _ClassVar[int]
     agent: AgentInfo
     wait_seconds: float
     holding: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, agent: _Optional[_Union[AgentInfo, _Mapping]] = ..., wait_seconds: _Optional[float] = ..., holding: _Optional[_Iterable[str]] = ...) -> None: ...
+    keeps: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, agent: _Optional[_Union[AgentInfo, _Mapping]] = ..., wait_seconds: _Optional[float] = ..., holding: _Optional[_Iterable[str]] = ..., keeps: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LeaseTaskResponse(_message.Message):
-    __slots__ = ("task", "sentence")
+    __slots__ = ("task", "sentence", "ended")
     TASK_FIELD_NUMBER: _ClassVar[int]
     SENTENCE_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     task: Task
     sentence: str
-    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., sentence: _Optional[str] = ...) -> None: ...
+    ended: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., sentence: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "job_id", "round", "kind", "spec_json", "spec_hash", "base_digest", "version", "model", "seed", "split", "generation", "lease_seconds")
+    __slots__ = ("id", "job_id", "round", "kind", "spec_json", "spec_hash", "base_digest", "version", "model", "seed", "split", "generation", "lease_seconds", "counted_round", "encoded", "initial")
     ID_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +176,9 @@ class Task(_message.Message):
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ENCODED_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_FIELD_NUMBER: _ClassVar[int]
     id: str
     job_id: str
     round: int
@@ -165,7 +192,10 @@ class Task(_message.Message):
     split: str
     generation: int
     lease_seconds: float
-    def __init__(self, id: _Optional[str] = ..., job_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., spec_json: _Optional[str] = ..., spec_hash: _Optional[str] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ..., model: _Optional[_Union[_manifest_pb2.BlobRef, _Mapping]] = ..., seed: _Optional[int] = ..., split: _Optional[str] = ..., generation: _Optional[int] = ..., lease_seconds: _Optional[float] = ...) -> None: ...
+    counted_round: int
+    encoded: _manifest_pb2.Manifest
+    initial: str
+    def __init__(self, id: _Optional[str] = ..., job_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., spec_json: _Optional[str] = ..., spec_hash: _Optional[str] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ..., model: _Optional[_Union[_manifest_pb2.BlobRef, _Mapping]] = ..., seed: _Optional[int] = ..., split: _Optional[str] = ..., generation: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., counted_round: _Optional[int] = ..., encoded: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., initial: _Optional[str] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "done", "total", "unit", "metrics")

@@ -10,15 +10,23 @@ class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ENCODING_UNSPECIFIED: _ClassVar[Encoding]
     ENCODING_RAW: _ClassVar[Encoding]
+    ENCODING_BF16: _ClassVar[Encoding]
+    ENCODING_INT8: _ClassVar[Encoding]
+    ENCODING_INT4: _ClassVar[Encoding]
 
 class Form(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FORM_UNSPECIFIED: _ClassVar[Form]
     FORM_VALUES: _ClassVar[Form]
+    FORM_DELTA: _ClassVar[Form]
 ENCODING_UNSPECIFIED: Encoding
 ENCODING_RAW: Encoding
+ENCODING_BF16: Encoding
+ENCODING_INT8: Encoding
+ENCODING_INT4: Encoding
 FORM_UNSPECIFIED: Form
 FORM_VALUES: Form
+FORM_DELTA: Form
 
 class BlobRef(_message.Message):
     __slots__ = ("digest", "size")
@@ -37,13 +45,15 @@ class FileRef(_message.Message):
     def __init__(self, name: _Optional[str] = ..., blob: _Optional[_Union[BlobRef, _Mapping]] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("blob", "encoding", "form", "base_version")
+    __slots__ = ("blob", "encoding", "form", "base_version", "block")
     BLOB_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     FORM_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
     blob: BlobRef
     encoding: Encoding
     form: Form
     base_version: int
-    def __init__(self, blob: _Optional[_Union[BlobRef, _Mapping]] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., form: _Optional[_Union[Form, str]] = ..., base_version: _Optional[int] = ...) -> None: ...
+    block: int
+    def __init__(self, blob: _Optional[_Union[BlobRef, _Mapping]] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., form: _Optional[_Union[Form, str]] = ..., base_version: _Optional[int] = ..., block: _Optional[int] = ...) -> None: ...

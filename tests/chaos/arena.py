@@ -329,7 +329,9 @@ class Arena:
 
         A site that is enrolled again would have a certificate of today, of the future once a clock is put back.
         """
-        return self.has_lost_a_site or not self.missing.get("disk") and shutil.disk_usage(self.federation.data).free < 300e6
+        if self.has_lost_a_site:
+            return True
+        return not self.missing.get("disk") and shutil.disk_usage(self.federation.data).free < 300e6
 
     # --- the namespace's cable
 
