@@ -66,7 +66,7 @@ def run(
 def line(outcome: Outcome) -> str:
     """One seed in a line; what is wrong below it."""
     done = "; ".join(f"{done.fault}" for done in outcome.evidence.injected) or "no fault"
-    verdict = "FAILED" if outcome.violations else outcome.evidence.state
+    verdict = "BROKEN" if outcome.violations else outcome.evidence.state
     text = f"seed {outcome.scenario.seed:<5} {verdict} {outcome.seconds:5.1f} s  {outcome.scenario}: {done}"
     return "\n".join([text, *(f"    {violation}" for violation in outcome.violations)])
 

@@ -35,6 +35,10 @@ learning_rate = 2e-4
 """
 
 
+LORA = {"method": {"type": "lora"}}
+CAUSAL = {"type": "causal-lm"}
+
+
 def recipe(**changes: Any) -> dict[str, Any]:
     """The recipe above; `local__steps=3` sets local.steps, None takes a key away."""
     fields: dict[str, Any] = copy.deepcopy(tomllib.loads(RECIPE))
@@ -82,6 +86,19 @@ def test_a_short_recipe_is_enough() -> None:
         ({"base_model": None}, "needs [base_model] and [data]"),
         ({"data": None}, "needs [base_model] and [data]"),
         ({"task": {"type": "synthetic"}}, "a synthetic task has neither base_model nor data"),
+        ({"base_model__quantization": "nf4"}, "quantization freezes the base model, so it needs method lora"),
+        ({"base_model__double_quantization": True}, "double_quantization goes with quantization nf4 or fp4"),
+        ({"aggregation__rule": "svd"}, "rule svd combines pairs of LoRA factors, so it needs method lora"),
+        ({**LORA, "aggregation": {"rule": "flora", "server_optimizer": {"type": "fedadam"}}}, "no server_optimizer"),
+        ({**LORA, "aggregation__rule": "svd", "encoding__up": "int8"}, "error_feedback must be false"),
+        ({**LORA, "aggregation__rule": "fedex", "encoding__down": "int8"}, "down must be raw under [encoding]"),
+        ({"method": {"type": "lora", "rank": 4, "ranks": {"oslo": 8}}}, "ranks gives oslo 8, more than rank = 4"),
+        ({"evaluation__benchmarks": ["medqa"]}, "benchmarks are questions to a causal-lm"),
+        ({"task": CAUSAL, "evaluation__metric": "medqa_accuracy"}, "benchmarks does not name medqa"),
+        ({"task": {**CAUSAL, "template": {"prompt": "{instruction} {secret}"}}}, "not {secret}"),
+        ({"task": {**CAUSAL, "template": {"prompt": "{instruction!r}"}}}, "fields are written plainly"),
+        ({"task": {**CAUSAL, "template": {"prompt": "Answer:"}}}, "a template needs {instruction}"),
+        ({"local__schedule": {"over": "steps", "one_based": True}}, "one_based counts rounds"),
     ],
 )
 def test_each_contradiction_has_its_sentence(changes: dict[str, Any], sentence: str) -> None:
@@ -127,7 +144,7 @@ def test_a_synthetic_task_measures_less() -> None:
 
 
 def test_whatever_a_task_measures_may_leave_a_site() -> None:
-    for task in (jobspec.Classification, jobspec.Synthetic):
+    for task in (jobspec.Classification, jobspec.CausalLm, jobspec.Synthetic):
         assert set(task.measures) <= METRICS
 
 
@@ -149,6 +166,20 @@ def test_a_default_that_is_written_out_gives_the_same_hash() -> None:
     for method in ({"type": "full"}, {"type": "lora"}):
         spec = jobspec.parse(recipe(method=method))
         assert jobspec.from_json(spec.canonical_json).canonical_json == spec.canonical_json
+
+
+def test_each_later_key_changes_the_hash_once_it_is_not_its_default() -> None:
+    spec = jobspec.parse(recipe(method={"type": "lora"}))
+    for (*tables, key), default in jobspec.LATER_KEYS:
+        part: Any = spec
+        for table in tables:
+            part = getattr(part, table)
+        value = part.model_dump(mode="json")[key]
+        assert value == default, f"{key} has another default"
+        assert f'"{key}":' not in spec.canonical_json
+    changed = jobspec.parse(recipe(method={"type": "lora", "ranks": {"oslo": 4}}, encoding={"up": "int8"}))
+    assert changed.hash != spec.hash
+    assert jobspec.from_json(changed.canonical_json) == changed
 
 
 def test_every_change_changes_the_hash() -> None:
@@ -200,6 +231,32 @@ def test_a_cosine_schedule_begins_at_the_start_and_ends_at_the_end() -> None:
     assert rates[0] == 1.0 and rates[-1] == pytest.approx(0.1, abs=1e-15)
     assert rates[2] == pytest.approx(0.55, abs=1e-15)
     assert rates == sorted(rates, reverse=True)
+
+
+def test_a_schedule_over_steps_falls_within_a_round_and_goes_on_in_the_next() -> None:
+    schedule = {"type": "linear", "final": 0.0, "over": "steps"}
+    spec = jobspec.parse(recipe(rounds=2, local__learning_rate=1.0, local__schedule=schedule))
+    assert [spec.learning_rate_at(1, part=part) for part in (0.0, 0.5, 1.0)] == [1.0, 0.75, 0.5]
+    assert spec.learning_rate_at(2) == 0.5
+    constant = jobspec.parse(recipe(rounds=2, local__learning_rate=1.0, local__schedule={"type": "linear"}))
+    assert constant.learning_rate_at(1, part=0.9) == 1.0
+
+
+def test_flowertunes_cosine_is_below_the_start_in_round_1_and_at_the_end_in_the_last() -> None:
+    """lr_min + (lr_max - lr_min) (1 + cos(pi t / R)) / 2 for t = 1 .. R, with 5e-5 and 1e-6."""
+    schedule = {"type": "cosine", "final": 0.02, "one_based": True}
+    spec = jobspec.parse(recipe(rounds=10, local__learning_rate=5e-5, local__schedule=schedule))
+    for number in range(1, 11):
+        expected = 1e-6 + 0.5 * (5e-5 - 1e-6) * (1 + math.cos(math.pi * number / 10))
+        assert spec.learning_rate_at(number) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_site_of_lower_rank_has_the_same_scale() -> None:
+    method = {"type": "lora", "rank": 16, "alpha": 8, "scale": "rslora", "ranks": {"oslo": 4}}
+    spec = jobspec.parse(recipe(method=method))
+    assert isinstance(spec.method, jobspec.Lora)
+    assert (spec.rank_at("oslo"), spec.rank_at("bergen"), spec.method.factor) == (4, 16, 2.0)
+    assert jobspec.parse(recipe(method={"type": "lora", "rank": 16, "alpha": 8})).method.factor == 0.5  # type: ignore[union-attr]
 
 
 def test_a_job_of_one_round_trains_with_the_starting_rate() -> None:
