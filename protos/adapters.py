@@ -1,0 +1,68 @@
+"""Which tensors a LoRA job has, and which of them travel up in a round, from which site, in which shape.
+
+Trainer and coordinator must agree on it to the byte, so it is one function of the recipe and the version. With r the
+recipe's rank, a layer of a version [m out, n in] has
+
+    <layer>.lora_A.weight  [r, n]      <layer>.lora_B.weight  [m, r]      the pair; its update is factor x B A
+    <layer>.lora_R.weight  [r, r]      fed-sb: what is trained between A and B, so that the update is factor x B R A
+    <layer>.fold_A.weight  [p, n]      <layer>.fold_B.weight  [m, p]      flora, fedex: what was added to the frozen
+                                       weights so far, factor x fold_B fold_A; p grows with the rounds
+
+and every other tensor (a head) is trained whole. A site whose rank is lower trains the first columns of B, rows of A,
+and leading block of R.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from protos.jobspec import JobSpec, Lora
+from protos.tensors import Layout
+
+Factor = Literal["lora_A", "lora_B", "lora_R", "fold_A", "fold_B", ""]
+FACTORS: tuple[Factor, ...] = ("lora_A", "lora_B", "lora_R", "fold_A", "fold_B")
+
+
+def split_name(name: str) -> tuple[str, Factor]:
+    """(layer, factor) of a tensor; the factor is empty for a tensor that belongs to no adapter."""
+    layer, _, last = name.removesuffix(".weight").rpartition(".")
+    return (layer, last) if last in FACTORS and name.endswith(".weight") else (name, "")  # type: ignore[return-value]
+
+
+def trained_factors(spec: JobSpec, *, round_number: int) -> frozenset[Factor]:
+    """The factors that round 1, 2, ... trains; what is no factor is trained in every round."""
+    match spec.aggregation.rule:
+        case "ffa-lora":
+            return frozenset({"lora_B"})
+        case "rolora":
+            return frozenset({"lora_B" if round_number % 2 else "lora_A"})
+        case "fed-sb":
+            return frozenset({"lora_R"})
+    return frozenset({"lora_A", "lora_B"})
+
+
+def cut_shape(shape: tuple[int, ...], *, factor: Factor, rank: int) -> tuple[int, ...]:
+    """The shape of the part of a factor that a site of this rank trains: always the leading part."""
+    match factor:
+        case "lora_A":
+            return (min(rank, shape[0]), shape[1])
+        case "lora_B":
+            return (shape[0], min(rank, shape[1]))
+        case "lora_R":
+            return (min(rank, shape[0]), min(rank, shape[1]))
+    return shape
+
+
+def update_tensors(
+    spec: JobSpec, version: Layout, *, round_number: int, site: str
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of what a site's update of this round holds, decoded, in canonical order."""
+    if not isinstance(spec.method, Lora):
+        return [(tensor.name, tensor.dtype, tensor.shape) for tensor in version.tensors]
+    trained, rank = trained_factors(spec, round_number=round_number), spec.rank_at(site)
+    found = []
+    for tensor in version.tensors:
+        _, factor = split_name(tensor.name)
+        if not factor or factor in trained:
+            found.append((tensor.name, tensor.dtype, cut_shape(tensor.shape, factor=factor, rank=rank)))
+    return found
