@@ -15,6 +15,8 @@ BUF_VERSION := 1.75.0
 SEEDS ?= 200
 SEED0 ?= 1
 ENGINE ?= sqlite
+# Each file of tests stays in one of these processes, because its tests share what they set up.
+TEST_WORKERS ?= 2
 BUF := $(VENV)/npm/node_modules/.bin/buf
 PROTOS := $(wildcard protos/v1/*.proto)
 
@@ -36,7 +38,7 @@ bench: $(READY) ## Rounds with 100 MB from 8 sites, and the floors below them; e
 	@$(BIN)/silotune bench round --payload-mb 100 --sites 8 --rounds 4 --json bench/round.json
 
 test: $(READY) ## All tests but the slow ones and those for a GPU
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY) ## All tests
 	@$(BIN)/python -m pytest

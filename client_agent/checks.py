@@ -15,7 +15,9 @@ from client_agent.models import Models
 from client_agent.probe import probe
 from client_agent.route import Proxy, route_of
 from client_agent.settings import DataSet, Network, SiteSettings
-from client_agent.training.data import Rows, Split, read_rows
+from client_agent.training.data import Instructions, Rows, read
+from client_agent.training.questions import Question
+from client_agent.training.tables import Split
 from protos.errors import SilotuneError
 
 FEW_GIGABYTES = 5
@@ -111,27 +113,35 @@ def _policy_names(home: Home, site: SiteSettings) -> Iterator[Finding]:
         ("data_sets", site.policy.data_sets, set(site.data)),
     ):
         for name in allowed:
-            if name != policy.EVERYTHING and name not in known:
+            comes = kind == "base_models" and site.policy.fetch_base_models
+            if name != policy.EVERYTHING and name not in known and not comes:
                 yield Finding("policy", False, f"{kind} names {name!r}, which this site does not have")
 
 
 def _data_set(name: str, data_set: DataSet) -> Iterator[Finding]:
     splits: list[Split] = ["train"]
-    if data_set.validation:
+    # Nobody trains on questions, so none are split off.
+    if data_set.validation and data_set.question is None:
         splits.append("validation")
     if data_set.test is not None:
         splits.append("test")
     for split in splits:
         subject = f"data {name}, {split}"
         try:
-            rows = read_rows(data_set, name=name, labels=None, split=split)
+            rows = read(data_set, name=name, split=split)
         except SilotuneError as error:
             yield Finding(subject, False, str(error))
         else:
             yield Finding(subject, True, _describe(rows))
 
 
-def _describe(rows: Rows) -> str:
+def _describe(rows: Rows | Instructions | list[Question]) -> str:
+    if isinstance(rows, list):
+        return f"{len(rows)} questions with options"
+    if isinstance(rows, Instructions):
+        skipped = f"; {rows.skipped} rows without instruction or output left out" if rows.skipped else ""
+        with_input = sum(1 for row in rows.rows if row.input.strip())
+        return f"{len(rows)} rows of instructions, {with_input} of them with an input{skipped}"
     counts = Counter(rows.label_names[label] for label in rows.labels).most_common()
     shown = ", ".join(f"{label} {count}" for label, count in counts[:SHOWN_LABELS])
     more = f" and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
@@ -143,7 +153,7 @@ def _models(home: Home, site: SiteSettings) -> Iterator[Finding]:
     registry = Models(home.models_file)
     known = registry.all()
     if not known:
-        wanted = site.policy is None or bool(site.policy.base_models)
+        wanted = site.policy is None or (bool(site.policy.base_models) and not site.policy.fetch_base_models)
         yield Finding("base models", not wanted, "none; add one with `silotune-agent model add NAME --path DIR`")
     for model in known:
         subject = f"base model {model.name}"

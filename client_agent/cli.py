@@ -261,7 +261,8 @@ def model_add(
 ) -> dict[str, Any]:
     """Makes a base model known here under NAME, the name that recipes use.
 
-    This is the only command that ever downloads anything, and only safetensors and text files.
+    This is the only command that ever downloads anything, and only safetensors and text files. Without network, --hub
+    takes what Hugging Face's cache on this machine (HF_HOME) holds of that revision.
 
     \b
     Examples:
@@ -274,14 +275,19 @@ def model_add(
         raise click.UsageError("--revision goes with --hub.")
     home.create()
     if hub:
-        path = fetch_from_hub(hub, revision=revision, into=home.models / check_model_name(name))
+        check_model_name(name)
+        path = fetch_from_hub(hub, revision=revision, cache=home.models)
     assert path is not None
     with console.status("Reading the model ...") as shown:
         on_file = (lambda file: shown.update(f"Reading {file} ...")) if text else (lambda file: None)
-        added = Models(home.models_file).add(name, path, on_file=on_file)
+        # A folder of a hub cache is named after the commit.
+        commit = path.name if hub else ""
+        added = Models(home.models_file).add(name, path, hub=hub or "", revision=commit, on_file=on_file)
     if text:
         console.print(f"{added.name}: {added.parameters:,} parameters, {added.size_bytes / 1e6:,.1f} MB")
         console.print(f"digest {added.digest}", soft_wrap=True)
+        if added.hub:
+            console.print(f"{added.hub} at {added.revision}", markup=False, soft_wrap=True)
     return _model_facts(added)
 
 
@@ -304,7 +310,7 @@ def model_list(*, home: Home, text: bool) -> dict[str, Any]:
 
 
 def _model_facts(model: BaseModel) -> dict[str, Any]:
-    names = ("name", "directory", "digest", "parameters", "size_bytes", "hidden_size", "layers")
+    names = ("name", "directory", "digest", "parameters", "size_bytes", "hidden_size", "layers", "hub", "revision")
     return {name: getattr(model, name) for name in names}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from client_agent.home import Home
 from client_agent.models import Models
 from client_agent.settings import Device, SiteSettings
 from client_agent.taskdir import read_json, write_json
-from client_agent.training.data import fingerprint, read_rows, without_content
+from client_agent.training.data import fingerprint, read, without_content
 from protos.digests import digest_of
 from protos.errors import SilotuneError
 from protos.v1 import agent_pb2
@@ -32,21 +34,39 @@ def agent_version() -> str:
         return "0+unpackaged"
 
 
-def gpu_name() -> str:
-    """The first NVIDIA GPU's name; empty when there is none that the driver knows."""
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_bytes: int
+
+
+@functools.cache
+def gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs that the driver knows, in its order; asked once, because the answer takes a second."""
     if not Path("/dev/nvidia0").exists():
-        return ""
+        return ()
     try:
         found = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=NVIDIA_SMI_SECONDS,
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return "NVIDIA GPU"  # The device file is there; the tool need not be.
-    return found.stdout.splitlines()[0].strip() if found.stdout.strip() else ""
+        return (Gpu("NVIDIA GPU", 0),)  # The device file is there; the tool need not be.
+    return parse_gpus(found.stdout)
+
+
+def parse_gpus(table: str) -> tuple[Gpu, ...]:
+    """From nvidia-smi's lines of a name and MiB; memory that it cannot tell is 0."""
+    rows = [line.rpartition(",") for line in table.splitlines() if line.strip()]
+    return tuple(Gpu(name.strip(), int(mib) << 20 if mib.strip().isdecimal() else 0) for name, _, mib in rows)
+
+
+def gpu_name() -> str:
+    """The first NVIDIA GPU's name; empty when there is none that the driver knows."""
+    return gpus()[0].name if gpus() else ""
 
 
 def choose_device(device: Device, *, gpu: str) -> str:
@@ -69,7 +89,7 @@ def count_rows(home: Home, settings: SiteSettings, *, before: Mapping[str, int] 
         try:
             # The stamp holds the path, so only its digest is kept.
             stamp = digest_of(repr(fingerprint(place, name=name, split="train")).encode())
-            kept[stamp] = noted.get(stamp) or len(read_rows(place, name=name, labels=None, split="train"))
+            kept[stamp] = noted.get(stamp) or len(read(place, name=name, split="train"))
         except SilotuneError as error:
             if not before or before.get(name) != 0:
                 log.warning("A data set cannot be used.", data_set=name, reason=without_content(error))
@@ -88,6 +108,8 @@ def count_rows(home: Home, settings: SiteSettings, *, before: Mapping[str, int] 
 
 def agent_info(home: Home, settings: SiteSettings, *, gpu: str, rows: dict[str, int]) -> agent_pb2.AgentInfo:
     device = choose_device(settings.device, gpu=gpu)
+    number = int(device.partition(":")[2] or 0)
+    there = gpus() if device != "cpu" else ()
     return agent_pb2.AgentInfo(
         version=agent_version(),
         device=f"{device} ({gpu})" if gpu and device != "cpu" else device,
@@ -100,9 +122,13 @@ def agent_info(home: Home, settings: SiteSettings, *, gpu: str, rows: dict[str, 
                 size_bytes=model.size_bytes,
                 hidden_size=model.hidden_size,
                 layers=model.layers,
+                linear=[agent_pb2.LinearLayers(**asdict(layers)) for layers in model.linear],
+                vocabulary=model.vocabulary,
             )
             for model in Models(home.models_file).all()
         ],
         memory_bytes=psutil.virtual_memory().total,
         free_disk_bytes=shutil.disk_usage(home.path).free,
+        gpu_memory_bytes=there[number].memory_bytes if number < len(there) else 0,
+        gpus=min(settings.device.processes, len(there)),
     )

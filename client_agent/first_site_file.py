@@ -26,11 +26,24 @@ TEXT = """\
 # validation = 0.1                # a share of the rows, or another file
 # # encoding = "latin-1"          # default utf-8
 # # delimiter = ";"               # default ,
+#
+# [data.advice]                   # a table to tune a language model on
+# path = "advice.jsonl"
+# instruction = "instruction"     # the column with the instruction
+# input = "input"                 # the column with what it is about, where there is one
+# output = "output"               # the column with the answer to learn
+#
+# [data.medqa]                    # questions with options, under the name of a benchmark
+# path = "medqa.parquet"
+# question = "question"           # the column with the question
+# options = "options"             # the column with the list of options
+# answer = "answer"               # the column with the right one's place in that list, from 0
 
 # --- device
 [device]
 name = "auto"          # "auto" takes the first GPU; or "cpu", "cuda:1"
 # threads = 4          # CPU threads of the trainer; default: all cores
+# processes = 1        # trainers that do a task together, each on a GPU of its own from `name` on
 # idle_seconds = 600   # the trainer gives its memory back after so long without a task
 # stop_seconds = 30    # what a stopped agent waits for its training to be saved; its service must grant more
 
@@ -39,6 +52,7 @@ name = "auto"          # "auto" takes the first GPU; or "cpu", "cuda:1"
 # [policy]
 # tasks = ["classification"]
 # base_models = ["minilm"]        # names or digests (silotune-agent model list)
+# fetch_base_models = true        # such a model is fetched from the coordinator, where it has it and this site does not
 # data_sets = ["answers"]
 # methods = ["full", "lora"]
 # max_epochs = 5                  # passes over the data in one round

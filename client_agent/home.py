@@ -5,6 +5,7 @@ identity/      key, certificate, CA certificate, name and coordinator
 models.json    base models that this site holds
 blobs/         versions of the global model, named by digest
 tasks/         one directory for each task in hand: the journal
+jobs/          what is kept of each job from task to task
 approvals/     job specs that wait for, or have, the administrator's verdict
 log/           output of the trainer; it never leaves the site
 status.json    what the running agent does now, for `silotune-agent status`
@@ -51,6 +52,10 @@ class Home:
     @property
     def tasks(self) -> Path:
         return self.path / "tasks"
+
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs"
 
     @property
     def approvals(self) -> Path:

@@ -9,6 +9,7 @@ kind), version, split and generation:
 
     A task was granted.             The lease was granted anew; the work goes on.
     The trainer begins.             resumed_step: 0, or that of the checkpoint from which it goes on
+    The whole version is fetched.   reason: the trainer cannot make it from the difference from version 0
     The trainer has finished.       steps
     The trainer died; it goes on from its checkpoint.      reason, step
     The training since step n was not saved.               reached_step (a pause or a stop did not get it saved)
@@ -35,8 +36,9 @@ from client_agent.grant import Grant
 from client_agent.identity import utc_now
 from client_agent.journal import work_of
 from client_agent.observe import STAGES, Disk, StatusFile
+from client_agent.reports import Outcome, failed, failed_by_surprise, succeeded
 from client_agent.session import Session, Waiting
-from client_agent.stages import Outcome, Refused, Stages, failed, failed_by_surprise
+from client_agent.stages import Refused, Stages
 from client_agent.taskdir import disk_is_full, full_disk_waits
 from protos.errors import (
     AlreadyExists,
@@ -69,7 +71,9 @@ class LeaseLost(Exception):
 
 
 class Daemon:
-    def __init__(self, *, stages: Stages, session: Session, waiting: Waiting, status: StatusFile) -> None:
+    def __init__(
+        self, *, stages: Stages, session: Session, waiting: Waiting, status: StatusFile, device: asyncio.Lock
+    ) -> None:
         self._stages = stages
         self._session = session
         self._waiting = waiting
@@ -79,7 +83,7 @@ class Daemon:
         self._held: dict[str, Grant] = {}
         self._granted: list[agent_pb2.Task] = []
         # One task computes at a time; one that waits for approval does not keep others from it.
-        self._device = asyncio.Lock()
+        self._device = device
         self._wants_work = asyncio.Event()
         self._wants_work.set()
 
@@ -163,7 +167,14 @@ class Daemon:
         self.show_status()
         with self._disk.tried("Looking at the agent's home"):
             self._info = await asyncio.to_thread(self._stages.info)
-        return await self._session.lease(self._info, holding=options.pop("holding", self._held), **options)
+        states, keeps = self._stages.job_states, []
+        with self._disk.tried("Looking at the agent's home"):
+            keeps = await asyncio.to_thread(states.jobs)
+        holding = options.pop("holding", self._held)
+        answer = await self._session.lease(self._info, holding=holding, keeps=keeps, **options)
+        if ended := set(answer.ended) - {grant.work.job_id for grant in self._held.values()}:
+            await asyncio.to_thread(states.drop, ended)
+        return answer
 
     async def _regain(self, grant: Grant, *, generation: int) -> bool:
         """After this generation was fenced: whether the same work is granted to this agent under a newer one."""
@@ -309,19 +320,20 @@ class Daemon:
         entry = await asyncio.to_thread(stages.journal.open, grant.work, generation=grant.task.generation)
         adopted = await asyncio.to_thread(stages.journal.adopt, entry)
         if adopted is None:
-            began = time.monotonic()
-            model = await stages.fetch(grant, under_lease=self._under_lease)
-            seconds["fetch"] = time.monotonic() - began
-            adopted = await stages.run(grant, spec, entry, model=model)
+            entry, result, seconds["fetch"] = await stages.run(grant, spec, entry, under_lease=self._under_lease)
             if grant.first_step_seconds is not None:
                 seconds["first_step"] = grant.first_step_seconds
         else:
-            grant.log.info("The finished result of an earlier grant is offered again.", **adopted[0].update_facts())
-        entry, result = adopted
+            entry, result = adopted
+            grant.log.info("The finished result of an earlier grant is offered again.", **entry.update_facts())
         began = time.monotonic()
         await stages.upload(grant, entry, under_lease=self._under_lease)
         seconds["upload"] = time.monotonic() - began
-        return stages.succeeded(grant, entry, result, seconds=seconds)
+        outcome = succeeded(grant, spec, entry, result, seconds=seconds)
+        for stage, spent in outcome.seconds.items():
+            stages.metrics.task_seconds.labels(grant.work.kind, stage).observe(spent)
+        stages.metrics.train_steps.inc(result.steps)
+        return outcome
 
     async def _finish(self, grant: Grant, outcome: Outcome) -> None:
         """Reports the outcome until it is answered, and only then forgets the work."""

@@ -74,18 +74,29 @@ class Agent:
 
 
 def compose(
-    home: Home, site: SiteSettings, *, gpu: str, rows: dict[str, int], insecure_loopback: bool = False
+    home: Home,
+    site: SiteSettings,
+    *,
+    gpu: str,
+    rows: dict[str, int],
+    insecure_loopback: bool = False,
+    runner: Runner | None = None,
+    device: asyncio.Lock | None = None,
 ) -> Agent:
-    """Unauthenticated when this agent has not been enrolled."""
+    """Unauthenticated when this agent has not been enrolled.
+
+    Agents of several sites in one process share a trainer, `runner`, and the right to use it, `device`.
+    """
     waiting = Waiting()
     session = Session(home, waiting=waiting, network=site.network, insecure_loopback=insecure_loopback)
     metrics = AgentMetrics(version=facts.agent_version())
-    runner = Runner(log_directory=home.log, idle_seconds=site.device.idle_seconds)
+    runner = runner or Runner(log_directory=home.log, idle_seconds=site.device.idle_seconds)
     hold = Hold(PauseFile(home.pause_file), windows=site.schedule.hours)
     stages = Stages(
         home=home, settings=site, session=session, runner=runner, metrics=metrics, hold=hold, gpu=gpu, rows=rows
     )
-    daemon = Daemon(stages=stages, session=session, waiting=waiting, status=StatusFile(home.status_file))
+    status = StatusFile(home.status_file)
+    daemon = Daemon(stages=stages, session=session, waiting=waiting, status=status, device=device or asyncio.Lock())
     return Agent(daemon, runner, session, metrics)
 
 

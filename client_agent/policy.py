@@ -78,6 +78,10 @@ def _objection(policy: Policy, spec: JobSpec, *, base_digest: str, data_rows: in
     return ""
 
 
+def may_read(policy: Policy | None, data_set: str) -> bool:
+    return policy is not None and _listed(policy.data_sets, data_set)
+
+
 def _listed(allowed: tuple[str, ...], *names: str) -> bool:
     return EVERYTHING in allowed or any(name and name in allowed for name in names)
 
@@ -96,6 +100,8 @@ def in_words(policy: Policy | None) -> str:
     if empty:
         return f"the policy names no {' and no '.join(empty)}: nothing but what needs none will run here"
     parts = [f"{name}: {'any' if EVERYTHING in allowed else ', '.join(allowed)}" for name, allowed in lists.items()]
+    if policy.fetch_base_models:
+        parts.append("such a base model is fetched from the coordinator where it is missing")
     parts.append(f"at most {policy.max_epochs:g} epochs a round")
     if policy.min_rows:
         parts.append(f"only data sets of {policy.min_rows} rows or more")

@@ -52,6 +52,8 @@ class Failure:
     # The trainer's process ended; what it has saved is in the task directory.
     died: bool = False
     full_disk: bool = False
+    # It cannot make the version by itself.
+    needs_version: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,10 @@ class Runner:
                 case "paused":
                     return Paused()
                 case "failed":
-                    return Failure(event["reason"], event.get("hint", ""), full_disk=event.get("full_disk", False))
+                    return Failure(
+                        event["reason"], event.get("hint", ""),
+                        full_disk=event.get("full_disk", False), needs_version=event.get("needs_version", False),
+                    )  # fmt: skip
                 case "cancelled":
                     raise Internal("The trainer reports a cancellation that nobody asked for.")
         return await self._explain_end(process)

@@ -91,16 +91,18 @@ class Session:
             await channel.close(None)
 
     async def lease(
-        self, agent: agent_pb2.AgentInfo, *, holding: Iterable[str], wait_seconds: float = LEASE_WAIT_SECONDS
-    ) -> agent_pb2.LeaseTaskResponse:
+        self, agent: agent_pb2.AgentInfo, *, holding: Iterable[str], keeps: Iterable[str] = (),
+        wait_seconds: float = LEASE_WAIT_SECONDS,
+    ) -> agent_pb2.LeaseTaskResponse:  # fmt: skip
         """Work, or the sentence why there is none. One attempt.
 
-        `holding` are the ids of the tasks in hand; any other task of this site is granted anew.
+        `holding` are the ids of the tasks in hand; any other task of this site is granted anew. `keeps` are jobs of
+        which something is kept; the answer says which of them have ended.
         """
         if not self.connected:
             # The first answer says whether this agent is welcome; it must not wait for work.
             wait_seconds = 0.0
-        request = agent_pb2.LeaseTaskRequest(agent=agent, holding=holding, wait_seconds=wait_seconds)
+        request = agent_pb2.LeaseTaskRequest(agent=agent, holding=holding, keeps=keeps, wait_seconds=wait_seconds)
         return await self._call("LeaseTask", request, timeout_seconds=wait_seconds + rpc.CALL_TIMEOUT_SECONDS)
 
     async def heartbeat(self, request: agent_pb2.HeartbeatRequest) -> agent_pb2.HeartbeatResponse:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from client_agent.hours import Hours
 from protos.channel import KEEPALIVE_SECONDS, SHORTEST_KEEPALIVE_SECONDS
@@ -24,23 +25,44 @@ class _Part(BaseModel):
 
 
 class DataSet(_Part):
-    """One table of texts and labels. Paths are relative to site.toml."""
+    """One table: of texts and labels, of instructions, or of questions with options. Paths start at site.toml."""
 
     path: str
     # Default: by the file's ending.
     format: Literal["csv", "jsonl", "parquet"] | None = None
     text: str = "text"
     label: str = "label"
+    # Where this names a column, the table holds instructions: what is asked, what it is about (a table may lack a
+    # column of this name), and what to learn.
+    instruction: str | None = None
+    input: str = "input"
+    output: str = "output"
+    # Where this names a column, the table holds questions: `options` a list of texts, `answer` the right one's place in
+    # it, from 0. A benchmark is asked where a data set has its name.
+    question: str | None = None
+    context: str = "context"
+    options: str = "options"
+    answer: str = "answer"
     encoding: str = "utf-8"
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     # This table's label values -> the recipe's labels; a value that is not listed stands for itself.
     labels: dict[str, str] = {}
     # What to do with a row whose label the recipe does not have.
     unknown_labels: Literal["fail", "skip"] = "fail"
-    # The site's own validation rows: another file, or a share that is split off by a hash of each text.
+    # The site's own validation rows: another file, or a share that is split off by a hash of each text or instruction.
     validation: str | Annotated[float, Field(ge=0, lt=1)] = 0.1
     # The house agent's held-out rows.
     test: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind_of_table(self) -> DataSet:
+        of_labels = {name: getattr(self, name) for name in ("text", "label", "labels", "unknown_labels")}
+        kinds = {name for name in ("instruction", "question") if getattr(self, name) is not None}
+        kinds |= {name for name, value in of_labels.items() if value != type(self).model_fields[name].default}
+        if len(kinds) > 1 and not kinds <= of_labels.keys():
+            first, second, *_ = sorted(kinds)
+            raise ValueError(f"{first} and {second} describe two tables; give the file two names")
+        return self
 
     def at(self, directory: Path) -> DataSet:
         """The same data set with its paths made absolute, seen from the directory of site.toml."""
@@ -57,6 +79,8 @@ class Device(_Part):
     name: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     # CPU threads of the trainer; 0: as many as there are cores.
     threads: Annotated[int, Field(ge=0)] = 0
+    # So many trainers work on one model together, each on a GPU of its own from `name` on: for what does not fit one.
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
     # The trainer gives its memory back after so long without a task.
     idle_seconds: Annotated[float, Field(gt=0)] = 600
     # When the agent is stopped, the trainer may take so long for its step and for saving. Whoever stops the agent must
@@ -68,6 +92,8 @@ class Policy(_Part):
     """What a job may do here. Each list names what is allowed; "*" allows everything of its kind."""
 
     base_models: tuple[str, ...] = ()
+    # Whether such a base model is fetched from the coordinator, where it has it and this site does not.
+    fetch_base_models: bool = False
     data_sets: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("classification",)
@@ -162,7 +188,9 @@ def load(path: Path) -> SiteSettings:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise SiteConfigInvalid(f"{path}: {where}: {first['msg']}.") from None
+        unknown = first["type"] == "extra_forbidden"
+        what = "there is no such key" if unknown else first["msg"].removeprefix("Value error, ")
+        raise SiteConfigInvalid(f"{path}: {where}: {what}.") from None
 
 
 def default_home() -> Path:
@@ -204,6 +232,8 @@ def trainer_environment() -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # Several trainers of one task talk to one another on this machine only.
+        **({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
         # Without it cuBLAS may answer differently from run to run.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "PYTHONUNBUFFERED": "1",

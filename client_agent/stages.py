@@ -7,48 +7,47 @@ the same work goes on from there.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 
-from client_agent import facts, transfers
+from client_agent import facts, reports, transfers
+from client_agent.base_fetch import digest_for, fetch_missing
+from client_agent.fetching import Fetched, Fetching, UnderLease
 from client_agent.grant import Grant
 from client_agent.hold import Hold
 from client_agent.home import Home
+from client_agent.job_states import JobStates
 from client_agent.journal import UNKNOWN_KIND, Entry, Journal, check_work
 from client_agent.models import Models
 from client_agent.observe import AgentMetrics
-from client_agent.policy import Answer, Approvals, decide, parse_spec
+from client_agent.policy import Answer, Approvals, decide, may_read, parse_spec
 from client_agent.runner import Finished, Paused, Runner
 from client_agent.session import Session
 from client_agent.settings import DataSet, SiteSettings
 from client_agent.taskdir import (
-    FILES,
-    UPDATE,
     TaskResult,
     TaskSpec,
+    VersionNeeded,
     checkpoint_step,
     disk_is_full,
     read_result,
     write_spec,
 )
-from protos.errors import CorruptData, InvalidInput, NotFound, OutOfSpace, SilotuneError
+from protos.errors import InvalidInput, NotFound
 from protos.jobspec import JobSpec, Synthetic
-from protos.metrics import METRICS, STAGE_SECONDS
+from protos.metrics import METRICS
 from protos.v1 import agent_pb2
-from protos.v1.manifest_pb2 import ENCODING_RAW, FORM_VALUES, BlobRef, FileRef, Manifest
+from protos.v1.manifest_pb2 import BlobRef
 
 APPROVAL_POLL_SECONDS = 2.0
 UNITS = ("steps", "bytes", "rows")
 
 log = structlog.get_logger()
-Answered = TypeVar("Answered")
-Outcome = agent_pb2.Succeeded | agent_pb2.Failed | agent_pb2.Declined
 
 TRAINER_STAGES = {
     "loading": agent_pb2.STAGE_LOADING,
@@ -56,10 +55,6 @@ TRAINER_STAGES = {
     "evaluating": agent_pb2.STAGE_EVALUATING,
     "waiting_for_disk": agent_pb2.STAGE_WAITING_FOR_DISK,
 }
-
-
-# Runs an operation that needs the lease, again after the lease was granted anew.
-UnderLease = Callable[[Grant, Callable[[], Awaitable[Answered]]], Awaitable[Answered]]
 
 
 class Refused(Exception):
@@ -80,8 +75,11 @@ class Stages:
     rows: dict[str, int]
 
     def __post_init__(self) -> None:
-        self.cache = transfers.BlobCache(self.home.blobs)
+        self.fetching = Fetching(transfers.BlobCache(self.home.blobs), self.session, self.metrics)
         self.journal = Journal(self.home.tasks)
+        self.job_states = JobStates(self.home.jobs)
+        # Jobs whose version 0 this site builds differently than the site that made it, so that no difference helps.
+        self._wants_whole: set[str] = set()
         self.models = Models(self.home.models_file)
         self.approvals = Approvals(self.home.approvals)
 
@@ -104,9 +102,10 @@ class Stages:
         base_digest = await self._check_base_model(grant, spec)
         rows = None
         if spec.data is not None and grant.work.kind != "init":
-            if self.settings.policy is not None and spec.data.name not in self.settings.data:
+            asked = grant.work.kind == "evaluate" and self._benchmarks(spec)
+            if self.settings.policy is not None and spec.data.name not in self.settings.data and not asked:
                 raise Refused(f"This site describes no data set named {spec.data.name!r}.")
-            rows = self.rows.get(spec.data.name, 0)
+            rows = self.rows.get(spec.data.name, None if asked else 0)
         verdict = decide(self.settings.policy, spec, base_digest=base_digest, data_rows=rows)
         if verdict.answer is Answer.DENY:
             raise Refused(verdict.reason)
@@ -129,66 +128,48 @@ class Stages:
             raise Refused("The site's administrator denied this job.")
 
     async def _check_base_model(self, grant: Grant, spec: JobSpec) -> str:
-        """The digest of this site's copy of the base model. Refused when it has none, or not the job's."""
+        """The digest of this site's base model, or of what it will fetch. Refused: it has none, or not the job's."""
         if spec.base_model is None or self.settings.policy is None:
             return ""
+        name, may_fetch = spec.base_model.name, self.settings.policy.fetch_base_models
         try:
-            model = await asyncio.to_thread(self.models.current, spec.base_model.name)
+            digest = await asyncio.to_thread(digest_for, grant.task, name=name, models=self.models, may_fetch=may_fetch)
         except (NotFound, InvalidInput) as error:
             raise Refused(str(error)) from error
         for wanted in (spec.base_model.digest, grant.task.base_digest):
-            if wanted and wanted != model.digest:
+            if wanted and wanted != digest:
                 raise Refused(
-                    f"This site's copy of base model {model.name} has the digest {model.digest[:12]}; "
+                    f"This site's copy of base model {name} has the digest {digest[:12]}; "
                     f"the job was begun with {wanted[:12]}."
                 )
-        return model.digest
-
-    # --- fetch
-
-    async def fetch(self, grant: Grant, *, under_lease: UnderLease[Path]) -> Path | None:
-        """The version that the task starts from; None for INIT. CorruptData after several bad arrivals."""
-        if not grant.task.HasField("model"):
-            return None
-        blob = grant.task.model
-
-        def progress(done: int, total: int) -> None:
-            grant.at(agent_pb2.STAGE_FETCHING, done=done, total=total, unit="bytes")
-
-        received = self.metrics.transfer_bytes.labels("down").inc
-        corrupt = 0
-
-        async def attempt() -> Path:
-            nonlocal corrupt
-            try:
-                return await transfers.download(
-                    blob,
-                    cache=self.cache,
-                    open_channel=self.session.open_channel,
-                    progress=progress,
-                    received=received,
-                    pace=self.session.receiving,
-                )
-            except CorruptData as error:
-                corrupt += 1
-                if corrupt >= transfers.CORRUPT_ATTEMPTS:
-                    raise InvalidInput("The model arrived damaged several times.", hint=error.hint) from error
-                raise
-            except OutOfSpace:
-                grant.at(agent_pb2.STAGE_WAITING_FOR_DISK)
-                raise
-
-        progress(0, blob.size)
-        path = await under_lease(grant, attempt)
-        await asyncio.to_thread(self.cache.prune, needed={blob.digest})
-        return path
+        return digest
 
     # --- run
 
-    async def run(self, grant: Grant, spec: JobSpec, entry: Entry, *, model: Path | None) -> tuple[Entry, TaskResult]:
-        """The trainer's sealed result. InvalidInput with the trainer's reason when it fails."""
+    async def run(
+        self, grant: Grant, spec: JobSpec, entry: Entry, *, under_lease: UnderLease[Path]
+    ) -> tuple[Entry, TaskResult, float]:
+        """The trainer's sealed result, and the seconds that fetching took. InvalidInput with the trainer's reason when
+        it fails."""
+        began = time.monotonic()
+        await fetch_missing(
+            grant.task, spec, models=self.models, directory=self.home.models,
+            download=lambda blob: self.fetching.blob(blob, grant, under_lease=under_lease),
+        )  # fmt: skip
+        # Several trainers would each have to make a version from a difference.
+        whole = grant.work.job_id in self._wants_whole or self.settings.device.processes > 1
+        while True:
+            try:
+                fetched = await self.fetching.version(grant, whole=whole, under_lease=under_lease)
+                fetch_seconds = time.monotonic() - began
+                return *await self._train(grant, spec, entry, fetched), fetch_seconds
+            except VersionNeeded as needed:
+                grant.log.warning("The whole version is fetched.", reason=str(needed))
+                whole = True
+
+    async def _train(self, grant: Grant, spec: JobSpec, entry: Entry, fetched: Fetched) -> tuple[Entry, TaskResult]:
         directory = self.journal.path(grant.work)
-        task_spec = await asyncio.to_thread(self._task_spec, grant, spec, model=model)
+        task_spec = await asyncio.to_thread(self._task_spec, grant, spec, fetched)
         entry = await asyncio.to_thread(self.journal.restart, replace(entry, base_digest=task_spec.base_digest))
         kind = "synthetic" if isinstance(spec.task, Synthetic) else "training"
         await asyncio.to_thread(write_spec, directory, task_spec)
@@ -230,6 +211,9 @@ class Stages:
                 continue
             if ended.full_disk:
                 raise disk_is_full()
+            if ended.needs_version:
+                self._wants_whole.add(grant.work.job_id)
+                raise VersionNeeded(ended.reason)
             raise InvalidInput(self.without_paths(ended.reason), hint=self.without_paths(ended.hint))
 
     def _say_what_was_not_saved(self, grant: Grant, directory: Path) -> None:
@@ -252,10 +236,10 @@ class Stages:
             await self.hold.over.wait()
             grant.log.info("The task goes on.")
 
-    def _task_spec(self, grant: Grant, spec: JobSpec, *, model: Path | None) -> TaskSpec:
+    def _task_spec(self, grant: Grant, spec: JobSpec, fetched: Fetched) -> TaskSpec:
         base = self.models.current(spec.base_model.name) if spec.base_model else None
         data_set: DataSet | None = None
-        if spec.data is not None and grant.work.kind != "init":
+        if spec.data is not None and grant.work.kind != "init" and spec.data.name in self.settings.data:
             data_set = self.settings.data[spec.data.name].at(self.home.site_file.parent)
         return TaskSpec(
             task_id=grant.task.id,
@@ -265,15 +249,28 @@ class Stages:
             spec=spec.model_dump(mode="json"),
             seed=grant.work.seed,
             split=grant.work.split,
-            model_path=None if model is None else str(model),
+            model_path=None if fetched.model is None else str(fetched.model),
+            encoded_path=None if fetched.encoded is None else str(fetched.encoded),
             base_model_path=base.directory if base else None,
             base_digest=base.digest if base else "",
             data_set=data_set.model_dump(mode="json") if data_set else None,
             device=facts.choose_device(self.settings.device, gpu=self.gpu),
             threads=self.settings.device.threads,
+            processes=self.settings.device.processes,
             model_digest=grant.work.model_digest,
             site=self.session.identity.name,
+            state_directory=str(self.job_states.path(grant.work.job_id)),
+            counted_round=grant.task.counted_round,
+            benchmarks=self._benchmarks(spec) if grant.work.kind == "evaluate" else {},
         )
+
+    def _benchmarks(self, spec: JobSpec) -> dict[str, Any]:
+        """settings.DataSet as JSON of each benchmark of the job that this site has and may read."""
+        return {
+            name: self.settings.data[name].at(self.home.site_file.parent).model_dump(mode="json")
+            for name in spec.evaluation.benchmarks
+            if name in self.settings.data and may_read(self.settings.policy, name)
+        }
 
     def _on_progress(self, grant: Grant) -> Callable[[dict[str, Any]], None]:
         """For one run of the trainer."""
@@ -281,7 +278,7 @@ class Stages:
 
         def on_progress(event: dict[str, Any]) -> None:
             nonlocal begun
-            metrics = _reportable(event.get("metrics", {}), allowed=METRICS)
+            metrics = reports.reportable(event.get("metrics", {}), allowed=METRICS)
             training = event["stage"] == "training"
             grant.at(
                 TRAINER_STAGES.get(event["stage"], agent_pb2.STAGE_LOADING),
@@ -337,61 +334,5 @@ class Stages:
         if blobs:
             grant.log.info("The result was uploaded.", **entry.update_facts(), sent_bytes=on_wire)
 
-    # --- what is reported
-
-    def succeeded(self, grant: Grant, entry: Entry, result: TaskResult, *, seconds: dict[str, float]) -> Outcome:
-        blobs = {blob.file: BlobRef(digest=blob.digest, size=blob.size) for blob in entry.blobs or ()}
-        outcome = agent_pb2.Succeeded(
-            examples=result.examples,
-            steps=result.steps,
-            metrics=_reportable(result.metrics, allowed=METRICS),
-            seconds=_reportable({**result.seconds, **seconds}, allowed=STAGE_SECONDS),
-        )
-        if UPDATE in blobs:
-            outcome.manifest.CopyFrom(
-                Manifest(blob=blobs[UPDATE], encoding=ENCODING_RAW, form=FORM_VALUES, base_version=grant.work.version)
-            )
-        if grant.work.kind == "init":
-            prefix = f"{FILES}/"
-            outcome.files.extend(
-                FileRef(name=file.removeprefix(prefix), blob=blob)
-                for file, blob in blobs.items()
-                if file.startswith(prefix)
-            )
-            outcome.base_digest = entry.base_digest
-        for stage, spent in outcome.seconds.items():
-            self.metrics.task_seconds.labels(grant.work.kind, stage).observe(spent)
-        self.metrics.train_steps.inc(result.steps)
-        return outcome
-
     def without_paths(self, text: str) -> str:
-        """`text` with this site's paths replaced by what they are: a path may name a patient or a study."""
-        directory = self.home.site_file.parent
-        hidden = {str(self.home.path): "the agent's home"}
-        for name, data_set in self.settings.data.items():
-            place = data_set.at(directory)
-            for path in (place.path, data_set.path, place.validation, data_set.validation, place.test, data_set.test):
-                if isinstance(path, str):
-                    hidden[path] = f"data set {name!r}"
-        for path in sorted(hidden, key=len, reverse=True):
-            text = text.replace(path, hidden[path])
-        return text
-
-
-def failed(error: SilotuneError) -> agent_pb2.Failed:
-    return agent_pb2.Failed(reason=error.message, hint=error.hint)
-
-
-def failed_by_surprise(error: Exception) -> agent_pb2.Failed:
-    """Of an error that is none of ours: its text may quote anything, so only its kind leaves the site."""
-    # Some errors are an OSError by descent only, a TimeoutError for one; those of a disk have a number.
-    if isinstance(error, OSError) and error.errno is not None:
-        return agent_pb2.Failed(reason=f"The agent could not use its disk: {error.strerror}.")
-    return agent_pb2.Failed(
-        reason=f"The agent failed with {type(error).__name__}.", hint="The agent's log at the site has the details."
-    )
-
-
-def _reportable(numbers: Mapping[str, float], *, allowed: frozenset[str]) -> dict[str, float]:
-    """Only what may leave the site, and only what is a number."""
-    return {name: value for name, value in numbers.items() if name in allowed and math.isfinite(value)}
+        return reports.without_paths(text, home=self.home, settings=self.settings)

@@ -33,6 +33,7 @@ from client_agent.taskdir import (
     Paused,
     TaskResult,
     TaskSpec,
+    VersionNeeded,
     is_full,
     read_checkpoint,
     read_spec,
@@ -42,7 +43,10 @@ from client_agent.taskdir import (
     write_checkpoint,
     write_result,
 )
+from client_agent.training.encoding import is_encoded, version_file, write_update
+from protos.encoded_files import Part, Source, TensorFile
 from protos.errors import InvalidInput, SilotuneError
+from protos.rounding import Values
 from protos.tensors import Layout, header_length, make_header, parse_header
 
 BLOCK_VALUES = 1 << 20
@@ -116,12 +120,17 @@ def tensor_shapes(payload_bytes: int) -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 def init(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
+    (directory / FILES).mkdir(exist_ok=True)
+    _write_initial(task, directory / UPDATE, control)
+    return TaskResult()
+
+
+def _write_initial(task: TaskSpec, path: Path, control: Control) -> None:
     payload_bytes = int(task.spec["task"]["payload_mb"] * 1e6)
     header, layout = make_header(tensor_shapes(payload_bytes))
     values = 0.02 * np.random.default_rng(task.spec["seed"]).standard_normal(BLOCK_VALUES, dtype=np.float32)
     block = memoryview(values).cast("B")  # type: ignore[arg-type]
-    (directory / FILES).mkdir(exist_ok=True)
-    with (directory / UPDATE).open("wb") as file:
+    with path.open("wb") as file:
         file.write(header)
         for done in range(0, layout.data_bytes, block.nbytes):
             control.check()
@@ -129,19 +138,17 @@ def init(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
             say("progress", stage="loading", done=done, total=layout.data_bytes, unit="bytes", metrics={})
         file.flush()
         os.fsync(file.fileno())
-    return TaskResult()
 
 
 def train(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
     steps = task.spec["local"]["steps"] or 1
     update = directory / UPDATE
-    wait_for_room(
-        update, size_bytes=_model(task).stat().st_size, waits=lambda: _wait_for_room(control, done=0, steps=steps)
-    )
+    version = _version(task, directory, control)
+    wait_for_room(update, size_bytes=version.stat().st_size, waits=lambda: _wait_for_room(control, done=0, steps=steps))
     spent = _pass_time(task, directory, steps=steps, stage="training", control=control)
     began = time.monotonic()
     until_written(
-        lambda: _write_update(task, update, control),
+        lambda: _write_update(task, directory, control, version=version),
         waits=lambda: _wait_for_room(control, done=steps, steps=steps),
         partial=update,
     )
@@ -152,10 +159,16 @@ def train(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
     )
 
 
-def _write_update(task: TaskSpec, path: Path, control: Control) -> None:
+def _write_update(task: TaskSpec, directory: Path, control: Control, *, version: Path) -> None:
     pattern = np.random.default_rng(task.seed).standard_normal(BLOCK_VALUES, dtype=np.float32)
     pattern *= np.float32(task.spec["task"]["noise"])
-    with _model(task).open("rb") as source, path.open("wb") as target:
+    if is_encoded(task):
+        with TensorFile(version) as old:
+            write_update(
+                task, _noisy(old, pattern, control), tensors=old.layout.named, version=version, directory=directory
+            )
+        return
+    with version.open("rb") as source, (directory / UPDATE).open("wb") as target:
         header, layout = _read_layout(source)
         target.write(header)
         values = np.empty(BLOCK_VALUES, dtype=np.float32)
@@ -169,6 +182,23 @@ def _write_update(task: TaskSpec, path: Path, control: Control) -> None:
         os.fsync(target.fileno())
 
 
+def _noisy(old: TensorFile, pattern: Values, control: Control) -> Source:
+    """The values of a raw update: the pattern goes on from tensor to tensor."""
+    places = {tensor.name: (tensor.shape, tensor.offset // VALUE_BYTES) for tensor in old.layout.tensors}
+
+    def values(name: str) -> Part:
+        shape, place = places[name]
+        before = old.leading(name, shape)
+
+        def read(start: int, count: int) -> Values:
+            control.check()
+            return before(start, count) + pattern[(place + start + np.arange(count)) % BLOCK_VALUES]
+
+        return read
+
+    return values
+
+
 def _wait_for_room(control: Control, *, done: int, steps: int) -> None:
     say("progress", stage="waiting_for_disk", done=done, total=steps, unit="steps", metrics={})
     control.wait(ROOM_LOOK_SECONDS)
@@ -176,7 +206,7 @@ def _wait_for_room(control: Control, *, done: int, steps: int) -> None:
 
 def evaluate(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
     spent = _pass_time(task, directory, steps=1, stage="evaluating", control=control)
-    with _model(task).open("rb") as source:
+    with _version(task, directory, control).open("rb") as source:
         _, layout = _read_layout(source)
         values = np.frombuffer(source.read(min(layout.data_bytes, 4096)), dtype=np.float32).astype(np.float64)
     mean_square = float(np.mean(values**2)) if values.size else 0.0
@@ -188,10 +218,10 @@ def _examples(task: TaskSpec) -> int:
     return 100 + task.seed % 100
 
 
-def _model(task: TaskSpec) -> Path:
-    if task.model_path is None:
+def _version(task: TaskSpec, directory: Path, control: Control) -> Path:
+    if task.model_path is None and not task.model_digest:
         raise InvalidInput(f"A synthetic {task.kind} task needs a model to start from.")
-    return Path(task.model_path)
+    return version_file(task, directory=directory, make_initial=lambda path: _write_initial(task, path, control))
 
 
 def _read_layout(source: Any) -> tuple[bytes, Layout]:
@@ -267,6 +297,8 @@ def run(directory: Path, control: Control) -> None:
             lambda: write_result(directory, result),
             waits=lambda: _wait_for_room(control, done=result.steps, steps=result.steps),
         )
+    except VersionNeeded as needed:
+        say("failed", reason=str(needed), hint="", needs_version=True)
     except Cancelled:
         say("cancelled")
     except Paused:

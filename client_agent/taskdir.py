@@ -9,9 +9,9 @@ network, meet.
 
 Control is JSON lines. To the trainer: {"run": "<directory>"}, {"cancel": true}, {"pause": true}; end of input means:
 exit. From it: {"event": "progress", "stage", "done", "total", "unit", "metrics"} and {"event": "warning", "sentence"},
-then exactly one of {"event": "done"}, {"event": "failed", "reason", "hint", "full_disk"}, {"event": "cancelled"},
-{"event": "paused"}. A training that is paused saves a checkpoint at its next step; the same directory is run again to
-go on from there. Other work that is paused has kept nothing and begins anew.
+then exactly one of {"event": "done"}, {"event": "failed", "reason", "hint", "full_disk", "needs_version"},
+{"event": "cancelled"}, {"event": "paused"}. A training that is paused saves a checkpoint at its next step; the same
+directory is run again to go on from there. Other work that is paused has kept nothing and begins anew.
 
 A full disk costs no training: what is trained stays in memory, with progress in the stage "waiting_for_disk", until it
 can be written.
@@ -48,6 +48,10 @@ class Paused(Exception):
     """Ends a task in the trainer: the daemon wants the device back, and runs the directory again later."""
 
 
+class VersionNeeded(Exception):
+    """The trainer cannot make the version that the task starts from; the daemon has to fetch it whole."""
+
+
 @dataclass(frozen=True)
 class TaskSpec:
     """Everything a trainer needs; paths are absolute and local."""
@@ -59,7 +63,7 @@ class TaskSpec:
     spec: dict[str, Any]  # the JobSpec as JSON
     seed: int
     split: str  # evaluate: "validation" | "test"
-    model_path: str | None  # the version to start from; None for init
+    model_path: str | None  # the version to start from; None for init, and where the trainer makes it from version 0
     base_model_path: str | None  # directory; None for a synthetic task
     base_digest: str
     data_set: dict[str, Any] | None  # settings.DataSet as JSON; None for synthetic, and for init
@@ -67,12 +71,30 @@ class TaskSpec:
     threads: int
     model_digest: str = ""
     site: str = ""
+    # How many trainers work on it together.
+    processes: int = 1
+    # evaluate: settings.DataSet as JSON of each benchmark of the recipe that this site has and may read
+    benchmarks: dict[str, Any] = field(default_factory=dict)
+    # What the trainer keeps of this job from task to task; empty: nothing
+    state_directory: str = ""
+    # The version as the difference from version 0; without it and without `model_path` it is version 0 itself.
+    encoded_path: str | None = None
+    # train: the latest round in which this site's update counted; 0: none
+    counted_round: int = 0
 
     def work_digest(self, **more: Any) -> str:
         """Of all that a training follows from, `more` included. The grant, and where the site keeps things, are not."""
         names = ("job_id", "round", "kind", "spec", "seed", "split", "base_digest", "model_digest")
         fields = {name: getattr(self, name) for name in names}
         return digest_of(json.dumps({**fields, **more}, sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a trainer that helps another one is told: which one it is (that one is 0), and the file where all meet."""
+
+    rank: int
+    meeting: str
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,16 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def main(module: str, daemon_pid: int) -> None:
+def tie(parent_pid: int) -> None:
+    """From now on this process ends with its parent, also when it becomes another program by exec."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != daemon_pid:
-        raise SystemExit("the daemon ended before its trainer began")
+    if os.getppid() != parent_pid:
+        raise SystemExit("the process that wanted this one ended before it began")
+
+
+def main(module: str, daemon_pid: int) -> None:
+    tie(daemon_pid)
     sys.argv = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -25,7 +25,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sqlalchemy import Connection, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, func, insert, or_, select, update
 
 from coordinator import ca, settings
 from coordinator.settings import Settings, blob_directory, bucket_and_prefix, database_url
@@ -242,15 +242,27 @@ def _tell_missing(connection: Connection, missing: Mapping[str, str], *, say: Sa
 def _heads(connection: Connection) -> set[str]:
     """What jobs end with or go on from."""
     jobs, versions = schema.jobs, schema.versions
-    heads = select(versions.c.digest, versions.c.optimizer_digest).join(jobs, jobs.c.id == versions.c.job_id)
-    newest_or_best = or_(versions.c.version == jobs.c.head_version, versions.c.version == jobs.c.best_version)
-    return {digest for row in connection.execute(heads.where(newest_or_best)) for digest in row if digest}
+    heads = select(versions.c.digest, versions.c.optimizer_digest, versions.c.residual_digest).join(
+        jobs, jobs.c.id == versions.c.job_id
+    )
+    # An encoded version is the difference from version 0.
+    encoded = select(versions.c.job_id).where(versions.c.encoded_digest > "")
+    wanted = or_(
+        versions.c.version == jobs.c.head_version,
+        versions.c.version == jobs.c.best_version,
+        and_(versions.c.version == 0, versions.c.job_id.in_(encoded)),
+    )
+    return {digest for row in connection.execute(heads.where(wanted)) for digest in row if digest}
 
 
 def _names(connection: Connection, digest: str) -> list[str]:
     """What the rows that name a blob call it."""
     versions, updates, files, uploads = schema.versions, schema.updates, schema.files, schema.uploads
-    mine = or_((versions.c.digest == digest) & ~versions.c.deleted, versions.c.optimizer_digest == digest)
+    mine = or_(
+        or_(versions.c.digest == digest, versions.c.encoded_digest == digest) & ~versions.c.deleted,
+        versions.c.optimizer_digest == digest,
+        versions.c.residual_digest == digest,
+    )
     found = [f"version {row.version} of job {row.job_id}" for row in connection.execute(select(versions).where(mine))]
     for row in connection.execute(select(updates).where(updates.c.digest == digest)):
         found.append(f"the update of {row.site} in round {row.round} of job {row.job_id}")
@@ -258,6 +270,8 @@ def _names(connection: Connection, digest: str) -> list[str]:
         found.append(f"{row.name} of job {row.job_id}")
     for row in connection.execute(select(uploads).where(uploads.c.digest == digest, ~uploads.c.recorded)):
         found.append(f"an upload of {row.owner}")
+    for row in connection.execute(select(schema.base_models)):
+        found += [f"{name} of base model {row.name}" for name, file_digest, _ in row.files if file_digest == digest]
     return found or ["what a round in progress has made"]
 
 

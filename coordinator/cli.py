@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
-from coordinator import export
+from coordinator import base_model, export
 from coordinator.client import OperatorClient, facts, load_profile
-from coordinator.terminal import Duration, Output, duration, moment, table, with_output
+from coordinator.terminal import Duration, Output, duration, moment, size, table, with_output
 from protos.errors import InvalidInput
 from protos.identity import JoinToken, at_port, check_name
 from protos.v1 import operator_pb2
@@ -132,11 +133,54 @@ def revoke(*, client: OperatorClient, output: Output, name: str) -> None:
 
 @click.group()
 def model() -> None:
-    """Take a finished model home.
+    """Take a finished model home; give a base model to sites that lack it.
 
     \b
     silotune model export JOB --out DIR
+    silotune model add org/model DIR
+    silotune model list
     """
+
+
+@model.command("add")
+@click.argument("name")
+@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@asks
+def add_model(*, client: OperatorClient, output: Output, name: str, directory: Path) -> None:
+    """Upload the base model in DIR, so that sites may fetch it under NAME for a job of theirs.
+
+    Only safetensors weights, configuration and tokenizer go. A site fetches it while it has a task of a job with that
+    base model, if its policy allows the model and has fetch_base_models = true; it checks the digest, and keeps it for
+    other jobs. An interrupted upload goes on when the command is repeated.
+
+    \b
+    silotune model add ContactDoctor/Bio-Medical-Llama-3-8B ./Bio-Medical-Llama-3-8B
+    """
+    with output.console.status("Reading the model ...") if output.is_live else nullcontext() as shown:
+
+        def on_file(file: str, done: int) -> None:
+            if shown:
+                shown.update(f"{file}: {size(done)}")
+
+        digest, total = base_model.add(client, name=name, directory=directory, on_file=on_file)
+    output.answer({"name": name, "digest": digest, "size_bytes": total}, text=f"{name}: {size(total)}, {digest}")
+
+
+@model.command("list")
+@asks
+def list_models(*, client: OperatorClient, output: Output) -> None:
+    """Show the base models that sites may fetch.
+
+    \b
+    silotune model list
+    """
+    answer: operator_pb2.ListBaseModelsResponse = client.ask("ListBaseModels", operator_pb2.ListBaseModelsRequest())
+    shown = table("name", "size", "digest", "state")
+    for found in answer.models:
+        state = "ready" if found.complete else "incomplete: repeat `silotune model add`"
+        shown.add_row(found.name, size(sum(file.blob.size for file in found.files)), found.digest[:12], state)
+    text = shown if answer.models else "No base model is served; `silotune model add NAME DIR` adds one."
+    output.answer(facts(answer), text=text)
 
 
 @model.command("export")

@@ -8,12 +8,13 @@ that is unavailable is left for the next.
 from __future__ import annotations
 
 import itertools
+import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import grpc
 from cryptography import x509
@@ -26,11 +27,13 @@ from protos.channel import CLIENT_OPTIONS
 from protos.errors import DETAILS_KEY, SilotuneError, Unauthenticated, Unavailable, from_details
 from protos.frames import Frame
 from protos.identity import INSECURE_IDENTITY_KEY, Identity, Role, addresses_of
-from protos.v1 import operator_pb2_grpc, transfer_pb2
+from protos.v1 import manifest_pb2, operator_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 
 CALL_TIMEOUT_SECONDS = 15.0
 # One stream of a download; a longer one is continued by the next.
 READ_TIMEOUT_SECONDS = 600.0
+# One stream of an upload, likewise: half of it for sending, and the coordinator flushes what it has.
+WRITE_TIMEOUT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,32 @@ class OperatorClient:
             finally:
                 call.cancel()
 
+    def write(self, path: Path, digest: str, *, on_bytes: Callable[[int], None]) -> None:
+        """Uploads the file that has this digest, from where an earlier attempt stopped; `on_bytes` gets what is there.
+
+        Unavailable when the connection is lost; the next attempt goes on.
+        """
+        blob = manifest_pb2.BlobRef(digest=digest, size=path.stat().st_size)
+        with self._open_channel() as channel, path.open("rb") as file:
+            stub = transfer_pb2_grpc.TransferServiceStub(channel)
+            write: Any = channel.stream_unary(
+                "/silotune.v1.TransferService/Write",
+                request_serializer=None,
+                response_deserializer=transfer_pb2.WriteResponse.FromString,
+            )
+            try:
+                status = stub.QueryWriteStatus(
+                    transfer_pb2.QueryWriteStatusRequest(blob=blob),
+                    timeout=CALL_TIMEOUT_SECONDS, metadata=self._metadata,
+                )  # fmt: skip
+                offset = status.committed_size
+                while not status.sealed:
+                    messages = _frames(file, blob, offset=offset, on_bytes=on_bytes)
+                    status = write(messages, timeout=WRITE_TIMEOUT_SECONDS, metadata=self._metadata)
+                    offset = status.committed_size
+            except grpc.RpcError as error:
+                raise self._explain(error, timeout_seconds=WRITE_TIMEOUT_SECONDS) from error
+
     @property
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         me = Identity(Role.OPERATOR, "operator")
@@ -181,6 +210,19 @@ class OperatorClient:
             )
         reason, hint = _what_to_check(code, details, timeout_seconds=timeout_seconds)
         return Unavailable(f"The coordinator at {self._address} cannot be reached: {reason}.", hint=hint)
+
+
+def _frames(
+    file: BinaryIO, blob: manifest_pb2.BlobRef, *, offset: int, on_bytes: Callable[[int], None]
+) -> Iterator[bytes]:
+    """The messages of one upload: as much as can be sent in a call's time, the rest is for the next."""
+    yield frames.encode_target(transfer_pb2.UploadTarget(blob=blob))
+    until = time.monotonic() + WRITE_TIMEOUT_SECONDS / 2
+    file.seek(offset)
+    while time.monotonic() < until and (data := file.read(frames.FRAME_BYTES)):
+        yield frames.encode(data, offset=offset)
+        offset += len(data)
+        on_bytes(offset)
 
 
 def _what_to_check(code: str, details: str, *, timeout_seconds: float) -> tuple[str, str]:

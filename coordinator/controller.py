@@ -36,6 +36,7 @@ from coordinator.storage.jobs import Driven
 from coordinator.storage.sites import CONNECTED_SECONDS
 from coordinator.storage.store import Store
 from protos.errors import CorruptData, NotFound, SilotuneError
+from protos.jobspec import Lora, task_seed
 
 TICK_SECONDS = 1.0
 # A step decides one thing; this many without waiting for anything means a defect, not a busy job.
@@ -327,25 +328,45 @@ class Controller:
             output, state_output = Path(directory, "version"), Path(directory, "state")
             has_state = optimizer.type != "none"
             order: dict[str, Any] = {
+                "spec": job.spec.model_dump(mode="json"),
+                "round": command.round,
                 "contributions": parts,
                 "optimizer": optimizer.model_dump(),
                 "output": str(output),
             }
-            if has_state:
+            if has_state or job.spec.encoding.up != "raw" or isinstance(job.spec.method, Lora):
                 order["previous"] = await path(previous["digest"])
                 order["previous_digest"] = previous["digest"]
+            if has_state:
                 order["state_digest"] = previous["optimizer_digest"]
                 order["state_output"] = str(state_output)
                 if previous["optimizer_digest"]:
                     order["state"] = await path(previous["optimizer_digest"])
+            if job.spec.encoding.down != "raw":
+                initial = await asyncio.to_thread(self.store.jobs.previous, job_id, version=0)
+                order["down"] = {
+                    "encoding": job.spec.encoding.down,
+                    "block": job.spec.encoding.block,
+                    "seed": task_seed(job.spec.seed, round_number=command.round, site=""),
+                    "initial": await path(initial["digest"]),
+                    "initial_digest": initial["digest"],
+                    "encoded": str(Path(directory, "encoded")),
+                }
+                if job.spec.encoding.error_feedback:
+                    order["down"]["residual_output"] = str(Path(directory, "residual"))
+                    if previous["residual_digest"]:
+                        order["down"]["residual"] = await path(previous["residual_digest"])
+                        order["down"]["residual_digest"] = previous["residual_digest"]
             began = time.monotonic()
             try:
                 result = await self._process.carry_out(order)
             except RuntimeError:
                 # A copy that is wrong is made again before the next try.
-                for name in ("previous_digest", "state_digest"):
-                    if order.get(name):
-                        await asyncio.to_thread(self.blobs.verify, order[name])
+                down = order.get("down", {})
+                for digest in (order.get("previous_digest"), order.get("state_digest"),
+                               down.get("initial_digest"), down.get("residual_digest")):  # fmt: skip
+                    if digest:
+                        await asyncio.to_thread(self.blobs.verify, digest)
                 raise
             self.aggregation_peak_bytes = result.pop("peak_rss_bytes")
             if "corrupt_site" in result:
@@ -353,11 +374,16 @@ class Controller:
             digest, size = await asyncio.to_thread(self.blobs.adopt, output)
             if digest != result["digest"]:
                 raise RuntimeError("the aggregate changed on disk before it was sealed")
-            if has_state:
-                await asyncio.to_thread(self.blobs.adopt, state_output)
+            for made in (state_output, Path(directory, "encoded"), Path(directory, "residual")):
+                if made.exists():
+                    await asyncio.to_thread(self.blobs.adopt, made)
             return {
                 "digest": digest,
                 "size": size,
                 "optimizer_digest": result["optimizer_digest"],
+                "encoded_digest": result.get("encoded_digest", ""),
+                "encoded_size": result.get("encoded_size", 0),
+                "residual_digest": result.get("residual_digest", ""),
+                "metrics": result.get("metrics", {}),
                 "seconds": {**result["seconds"], "process": time.monotonic() - began},
             }

@@ -1,7 +1,8 @@
 """A committed version as a directory that the Hugging Face libraries open, in a process that has no silotune.
 
 Full method: the federated tensors, joined with those that were frozen, in model.safetensors. LoRA: the version is
-adapter_model.safetensors as it stands. The bytes pass through: no tensor is held in memory and no torch is needed.
+adapter_model.safetensors as it stands, or made into a plain adapter (adapter_export.py). But for that, the bytes pass
+through: no tensor is held in memory and no torch is needed.
 
 Everything is put together in a hidden folder inside the target, so that an interrupted export goes on where it stopped
 and the target never shows half a model.
@@ -21,12 +22,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from coordinator import model_card
+from coordinator.adapter_export import is_plain, write_plain_adapter
 from coordinator.client import OperatorClient
 from protos import jobspec, tensors
 from protos.digests import new_hasher
 from protos.errors import AlreadyExists, CorruptData, OutOfSpace, SilotuneError
 from protos.jobspec import JobSpec, Lora, Synthetic
-from protos.model_files import ADAPTER_TENSORS, EXPORT_MANIFEST, FROZEN, FULL_TENSORS, check_file_name
+from protos.model_files import ADAPTER_CONFIG, ADAPTER_TENSORS, EXPORT_MANIFEST, FROZEN, FULL_TENSORS, check_file_name
 from protos.v1 import manifest_pb2, operator_pb2
 
 STAGING = ".silotune-export"
@@ -60,7 +62,7 @@ def export(
     ready = staging / "ready"
     shutil.rmtree(ready, ignore_errors=True)
     ready.mkdir(parents=True)
-    _check_space(blobs, directory=staging)
+    _check_space(blobs, directory=staging, plain=is_plain(spec))
     _download_all(client, blobs, directory=staging, show_progress=show_progress)
     _assemble(blobs, spec=spec, staging=staging, ready=ready)
     files = {path.name: {"size": path.stat().st_size, "digest": _digest(path)} for path in sorted(ready.iterdir())}
@@ -113,11 +115,13 @@ def _claim(directory: Path, *, force: bool) -> list[str]:
     return []
 
 
-def _check_space(blobs: dict[str, manifest_pb2.BlobRef], *, directory: Path) -> None:
+def _check_space(blobs: dict[str, manifest_pb2.BlobRef], *, directory: Path, plain: bool) -> None:
     missing = 0
     for blob in blobs.values():
         part = directory / blob.digest
         missing += blob.size - (part.stat().st_size if part.exists() else 0)
+    if not plain:
+        missing += blobs[ADAPTER_TENSORS].size
     if FROZEN in blobs:
         # The joined file lies beside its parts until they are deleted.
         missing += sum(blob.size for blob in blobs.values())
@@ -179,6 +183,7 @@ def _assemble(blobs: dict[str, manifest_pb2.BlobRef], *, spec: JobSpec, staging:
         tensor_file = _tensor_file(spec)
         sources = [staging / parts.pop(name).digest for name in (tensor_file, FROZEN)]
         join(sources, target=ready / tensor_file)
+    version = None if is_plain(spec) else staging / parts.pop(ADAPTER_TENSORS).digest
     by_digest: dict[str, Path] = {}
     for name, blob in parts.items():
         # Two files may have the same bytes.
@@ -187,6 +192,10 @@ def _assemble(blobs: dict[str, manifest_pb2.BlobRef], *, spec: JobSpec, staging:
             by_digest[blob.digest] = source.rename(ready / name)
         else:
             shutil.copyfile(source, ready / name)
+    if version is not None:
+        assert isinstance(spec.method, Lora)
+        config = ready / ADAPTER_CONFIG
+        write_plain_adapter(version, config=config, method=spec.method, target=ready / ADAPTER_TENSORS)
 
 
 def join(sources: Sequence[Path], *, target: Path) -> None:

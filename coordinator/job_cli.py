@@ -11,9 +11,10 @@ from typing import Any
 import click
 from rich.console import Group
 
-from coordinator import recipe
+from coordinator import plan_view, recipe
 from coordinator.cli import asks, job_argument, profile_option
 from coordinator.client import OperatorClient, facts, load_profile
+from coordinator.plan import plan, sites_of
 from coordinator.terminal import Output, moment, table, with_output
 from coordinator.watch import ENDED, details, failed_lines, house_agents, line, name_of, picture, waiting_lines, watch
 from protos.errors import RecipeInvalid
@@ -21,6 +22,8 @@ from protos.v1 import operator_pb2
 
 SUBMIT_TIMEOUT_SECONDS = 60.0
 FOLLOW_SECONDS = 1.0
+# As of a recipe that is wrong (protos/errors.py).
+CANNOT_FIT = 3
 # What `job show` asks for, and the most that a coordinator tells at once.
 MOST_ROUNDS = 1000
 INTERRUPTED = 130
@@ -31,14 +34,41 @@ def job() -> None:
     """Submit jobs, watch them, steer them. JOB is an id, or a name that only one job has.
 
     \b
+    silotune job plan recipe.toml
     silotune job submit recipe.toml
     silotune job watch JOB
     silotune job why JOB
     """
 
 
+recipe_argument = click.argument(
+    "recipe_file", metavar="RECIPE", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+
+
+@job.command("plan")
+@recipe_argument
+@asks
+def plan_job(*, client: OperatorClient, output: Output, recipe_file: Path) -> int:
+    """Say what RECIPE would need at each site: memory, disk, bytes each way, hours. Nothing is submitted.
+
+    Beside each need stands what the site's agent reports. Ends with exit code 3 when the recipe cannot fit at a site,
+    and says what would. Hours are those that earlier jobs on the same base model took.
+
+    \b
+    silotune job plan recipe.toml
+    silotune job plan recipe.toml --format json
+    """
+    spec = recipe.read(recipe_file)
+    listed: operator_pb2.ListSitesResponse = client.ask("ListSites", operator_pb2.ListSitesRequest())
+    made = plan(spec, sites_of(spec, listed.sites), past=plan_view.past_jobs(client))
+    code = CANNOT_FIT if made.refusals else 0
+    output.answer(plan_view.facts_of(made), text=plan_view.picture(spec, made), exit_code=code)
+    return code
+
+
 @job.command()
-@click.argument("recipe_file", metavar="RECIPE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@recipe_argument
 @click.option("--dry-run", is_flag=True, help="Check and estimate, submit nothing.")
 @click.option("--submit-token", help="A text of your choice; a second submission with it answers with the first job.")
 @profile_option
@@ -129,7 +159,8 @@ def show(*, client: OperatorClient, output: Output, job_name: str) -> None:
     state: operator_pb2.GetJobResponse = client.ask("GetJob", request)
     data = facts(state)
     data["spec"] = json.loads(data.pop("spec_json"))
-    output.answer(data, text=Group(picture(state, house=house_agents(client)), *details(state)))
+    house = house_agents(client)
+    output.answer(data, text=Group(picture(state, house=house), *details(state, house=house)))
 
 
 @job.command("list")

@@ -117,6 +117,11 @@ class StoreCollector:
         aggregation = GaugeMetricFamily(
             "silotune_aggregation_seconds", "How long the last aggregation's process took.", labels=["job"]
         )
+        error = GaugeMetricFamily(
+            "silotune_aggregation_error",
+            "How far the last aggregate is from the exact mean of products.",
+            labels=["job"],
+        )
         for job in _shown(self._store.views.jobs()):
             for name in JobState:
                 state.add_metric([job.id, name.value.lower()], float(job.state is name))
@@ -129,7 +134,9 @@ class StoreCollector:
                     aggregation.add_metric([job.id], seconds)
                 else:
                     stages.add_metric([job.id, stage], seconds)
-        yield from (state, current, waiting, stages, aggregation)
+            if ended and "aggregation_error" in ended[-1].metrics:
+                error.add_metric([job.id], ended[-1].metrics["aggregation_error"])
+        yield from (state, current, waiting, stages, aggregation, error)
 
     def _sites(self, expiry: GaugeMetricFamily) -> Iterator[GaugeMetricFamily]:
         up = GaugeMetricFamily("silotune_site_up", "Whether the site's agent was heard of lately.", labels=["site"])

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from coordinator import benchmarks
 from coordinator.client import OperatorClient, facts, word
 from coordinator.terminal import Output, duration, size, table
 from protos import jobspec
@@ -98,10 +99,8 @@ def scores(state: GetJobResponse, *, house: Collection[str]) -> tuple[str, dict[
     As the coordinator picks the best round: the house agent's value where it evaluates, else the mean of the sites
     weighted by rows.
     """
-    try:
-        evaluation = jobspec.from_json(state.spec_json).evaluation
-    except RecipeInvalid:
-        # A recipe of another version of silotune: everything but the curve can still be shown.
+    evaluation = _evaluation(state)
+    if evaluation is None:
         return "", {}
     metric = evaluation.metric
     found = [view for view in state.evaluations if view.split == "validation" and metric in view.metrics]
@@ -134,8 +133,9 @@ def failed_lines(tasks: Sequence[TaskView]) -> list[str]:
     ]
 
 
-def details(state: GetJobResponse) -> list[RenderableType]:
-    """What the picture leaves out: each update that did not count with its reason, and every evaluation."""
+def details(state: GetJobResponse, *, house: Collection[str]) -> list[RenderableType]:
+    """What the picture leaves out: each update that did not count with its reason, every evaluation, and what the
+    answers to questions say of the best version."""
     refused = table("round", "site", "fate", "reason", title="Updates that did not count", right=("round",))
     for found in state.rounds:
         for update in found.updates:
@@ -146,11 +146,23 @@ def details(state: GetJobResponse) -> list[RenderableType]:
     for view in state.evaluations:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(view.metrics.items()))
         measured.add_row(str(view.version), view.site, view.split, str(view.examples), numbers)
-    return [Group(Text(), extra) for extra in (refused, measured) if extra.row_count]
+    extras: list[RenderableType] = [extra for extra in (refused, measured) if extra.row_count]
+    if evaluation := _evaluation(state):
+        said = benchmarks.lines(state.evaluations, evaluation=evaluation, version=_best(state), house=house)
+        extras += [Text("\n".join(said))] if said else []
+    return [Group(Text(), extra) for extra in extras]
 
 
 def name_of(enum: EnumTypeWrapper, value: int) -> str:
     return word(enum.DESCRIPTOR, value)
+
+
+def _evaluation(state: GetJobResponse) -> jobspec.Evaluation | None:
+    """None of a recipe of another version of silotune: everything but its scores can still be shown."""
+    try:
+        return jobspec.from_json(state.spec_json).evaluation
+    except RecipeInvalid:
+        return None
 
 
 def _best(state: GetJobResponse) -> int | None:

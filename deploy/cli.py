@@ -14,6 +14,7 @@ _COMMANDS = {
     "job": ("coordinator.job_cli", "job", "Submit jobs, watch them, steer them."),
     "model": ("coordinator.cli", "model", "Take a finished model home."),
     "bench": ("deploy.bench.cli", "bench", "Measure rounds on this machine."),
+    "lab": ("deploy.lab.cli", "lab", "Run experiments, score answers, compare models."),
     "demo": ("deploy.demo.cli", "demo", "A real medical federation on this machine."),
 }
 

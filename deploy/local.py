@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,11 +97,15 @@ class LocalFederation:
 
     def __post_init__(self) -> None:
         self.data, self.profile = self.directory / COORDINATOR, self.directory / "operator"
-        ports = free_ports(3)
-        self.address = f"127.0.0.1:{ports[0]}"
-        self._enrollment = f"127.0.0.1:{ports[1]}"
+        file = self.data / "coordinator.toml"
+        if file.exists():
+            # An earlier start: its agents know these addresses.
+            listen = tomllib.loads(file.read_text())["listen"]
+            self.address, self._enrollment, http = (listen[name] for name in LISTENERS)
+        else:
+            self.address, self._enrollment, http = (f"127.0.0.1:{port}" for port in free_ports(3))
         # The HTTP address of each coordinator; with replicas there are several.
-        self._http = {COORDINATOR: f"127.0.0.1:{ports[2]}"}
+        self._http = {COORDINATOR: http}
 
     def __enter__(self) -> LocalFederation:
         return self
@@ -176,7 +181,7 @@ class LocalFederation:
         words = ["silotune-coordinator", "serve", "--data", str(self.directory / name)]
         if self.insecure_loopback:
             words.append("--insecure-loopback")
-        return self._start(name, words, self._http[name], wait=wait)
+        return self.start(name, words, self._http[name], wait=wait)
 
     def home(self, name: str) -> Path:
         return self.directory / "agents" / name
@@ -203,7 +208,24 @@ class LocalFederation:
         if self.insecure_loopback:
             words.append("--insecure-loopback")
         found = re.search(r'address\s*=\s*"([^"]+)"', (home / "site.toml").read_text())
-        return self._start(name, words, found[1] if found else "127.0.0.1:9481", wait=wait)
+        return self.start(name, words, found[1] if found else "127.0.0.1:9481", wait=wait)
+
+    def start(self, name: str, words: list[str], http_address: str, *, wait: bool = True) -> Node:
+        """Starts a long-running command as the node `name`; with `wait` until it is ready."""
+        log = self.directory / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.on_command(" ".join(words))
+        argv = self._argv([*words, *(["--log-format", "json"] if self.json_logs else [])])
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                self.wrap(name, argv), stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=self._env(),
+                start_new_session=True,
+            )  # fmt: skip
+        node = Node(name, words, log, http_address, process)
+        self.nodes[name] = node
+        if wait:
+            self.wait_for(lambda: _ready(node), seconds=START_SECONDS, saying=f"{name} being ready")
+        return node
 
     def stop(self) -> None:
         """Ends every process, agents first; what does not end in time is killed."""
@@ -237,22 +259,6 @@ class LocalFederation:
             status = node.process.poll()
             if status is not None and status not in (-signal.SIGKILL, -signal.SIGTERM, 0):
                 raise CommandFailed(node.words, status, node.tail())
-
-    def _start(self, name: str, words: list[str], http_address: str, *, wait: bool = True) -> Node:
-        log = self.directory / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self.on_command(" ".join(words))
-        argv = self._argv([*words, *(["--log-format", "json"] if self.json_logs else [])])
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                self.wrap(name, argv), stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=self._env(),
-                start_new_session=True,
-            )  # fmt: skip
-        node = Node(name, words, log, http_address, process)
-        self.nodes[name] = node
-        if wait:
-            self.wait_for(lambda: _ready(node), seconds=START_SECONDS, saying=f"{name} being ready")
-        return node
 
     def _argv(self, words: Sequence[str]) -> list[str]:
         # The commands that were installed with this interpreter, whatever PATH says.

@@ -13,9 +13,10 @@ from protos.errors import InvalidInput
 # Question sets with options; each is measured by what the model writes and by which option it finds most likely.
 BENCHMARKS = ("pubmedqa", "medmcqa", "medqa")
 # questions: how many; unparseable: the part whose answer is none of the options; parseable_accuracy: of the rest;
-# option_accuracy: by the options' likelihood; gained, lost: right now and wrong in version 0, and the other way round.
+# exact_format: the part whose answer is an option and nothing else; option_accuracy: by the options' likelihood;
+# gained, lost: right now and wrong in version 0, and the other way round.
 BENCHMARK_MEASURES = (
-    "accuracy", "unparseable", "parseable_accuracy", "option_accuracy", "questions", "gained", "lost",
+    "accuracy", "unparseable", "parseable_accuracy", "exact_format", "option_accuracy", "questions", "gained", "lost",
 )  # fmt: skip
 BENCHMARK_METRICS = frozenset(f"{name}_{measure}" for name in BENCHMARKS for measure in BENCHMARK_MEASURES)
 

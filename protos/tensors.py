@@ -21,12 +21,14 @@ from protos.errors import UpdateRejected
 
 MAX_HEADER_BYTES = 4 << 20
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# What no value has: the blocks of an encoded file (protos/encodings.py).
+BLOCKS_DTYPE = "U8"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,511}")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: floating point, row-major, `offset` bytes into the data section."""
+    """One tensor: floating point (or encoded blocks), row-major, `offset` bytes into the data section."""
 
     name: str
     dtype: str
@@ -39,7 +41,7 @@ class TensorSpec:
 
     @property
     def size_bytes(self) -> int:
-        return self.elements * DTYPE_BYTES[self.dtype]
+        return self.elements * (1 if self.dtype == BLOCKS_DTYPE else DTYPE_BYTES[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Layout:
 
     tensors: tuple[TensorSpec, ...]
     data_start: int
+
+    @property
+    def named(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype, shape) of each, as `make_header` takes them."""
+        return [(tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors]
 
     @property
     def data_bytes(self) -> int:
@@ -87,10 +94,11 @@ def header_length(first_bytes: bytes) -> int:
     return 8 + length
 
 
-def parse_header(header: bytes, *, file_bytes: int) -> Layout:
+def parse_header(header: bytes, *, file_bytes: int, encoded: bool = False) -> Layout:
     """The layout from the whole header (length field included) of a file of `file_bytes`.
 
-    UpdateRejected: not JSON, unknown dtype, bad name, duplicate name, a hole, an overlap or trailing bytes.
+    Only where it is `encoded` may tensors be blocks. UpdateRejected: not JSON, unknown dtype, bad name, duplicate name,
+    a hole, an overlap or trailing bytes.
     """
     try:
         entries = json.loads(header[8:], object_pairs_hook=_no_duplicates)
@@ -101,7 +109,7 @@ def parse_header(header: bytes, *, file_bytes: int) -> Layout:
     entries.pop("__metadata__", None)
     specs: list[TensorSpec] = []
     for name, entry in entries.items():
-        specs.append(_spec(name, entry))
+        specs.append(_spec(name, entry, known=(*DTYPE_BYTES, BLOCKS_DTYPE) if encoded else tuple(DTYPE_BYTES)))
     # A tensor without elements stands before the one that begins at the same byte.
     specs.sort(key=lambda spec: (spec.offset, spec.size_bytes, spec.name))
     position = 0
@@ -141,15 +149,15 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _spec(name: str, entry: object) -> TensorSpec:
+def _spec(name: str, entry: object, *, known: tuple[str, ...]) -> TensorSpec:
     if not _NAME.fullmatch(name):
         raise UpdateRejected(f"{name[:80]!r} is not a tensor name.")
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateRejected(f"Tensor {name!r} lacks dtype, shape or data_offsets.") from error
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise UpdateRejected(f"Tensor {name!r} has dtype {str(dtype)[:20]!r}; only {', '.join(DTYPE_BYTES)} travel.")
+    if not isinstance(dtype, str) or dtype not in known:
+        raise UpdateRejected(f"Tensor {name!r} has dtype {str(dtype)[:20]!r}; only {', '.join(known)} travel.")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
         raise UpdateRejected(f"Tensor {name!r} has a bad shape.")
     if type(begin) is not int or type(end) is not int or begin < 0:

@@ -37,7 +37,10 @@ TOP_LEVEL = {
 MODEL_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors.torch", "tokenizers")
 OPERATOR_FILES = {
     f"coordinator/{name}.py"
-    for name in ("cli", "job_cli", "client", "recipe", "watch", "export", "model_card", "terminal")
+    for name in (
+        *("adapter_export", "base_model", "benchmarks", "cli", "client", "export", "footprint", "job_cli"),
+        *("model_card", "plan", "plan_view", "recipe", "terminal", "traffic", "watch"),
+    )
 }
 
 
@@ -119,8 +122,10 @@ def test_the_round_machine_reads_no_clock_and_touches_no_file() -> None:
 
 
 def test_the_operator_command_is_a_client_and_imports_nothing_of_the_service() -> None:
-    # settings.py knows where an operator's profile lies: the environment is read there and nowhere else.
-    siblings = ("coordinator.settings", *(name.removesuffix(".py").replace("/", ".") for name in OPERATOR_FILES))
+    # settings.py knows where an operator's profile lies: the environment is read there and nowhere else. How a cohort
+    # is drawn is a pure rule, which a plan follows.
+    pure = ("coordinator.settings", "coordinator.rounds.cohort", "coordinator.rounds.state")
+    siblings = (*pure, *(name.removesuffix(".py").replace("/", ".") for name in OPERATOR_FILES))
     paths = [path for path in python_files("coordinator") if str(path) in OPERATOR_FILES]
     assert Path("coordinator/cli.py") in paths
     # `from coordinator import client` names the empty package too; what it takes from it is what counts.

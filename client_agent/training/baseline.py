@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from client_agent.training.classification import TextClassification
-from client_agent.training.data import Rows
+from client_agent.training.data import Instructions, Rows
 from client_agent.training.evaluate import evaluate
+from client_agent.training.kinds import kind_of
 from client_agent.training.model import build
 from client_agent.training.tasks import choose_device
 from client_agent.training.train import prepare
@@ -21,8 +21,8 @@ def train_alone(
     *,
     base_model_path: Path,
     base_digest: str,
-    train: Rows,
-    test: Rows,
+    train: Rows | Instructions,
+    test: Rows | Instructions,
     steps: int,
     seed: int,
     threads: int,
@@ -32,13 +32,12 @@ def train_alone(
     """Metrics on `test` after `steps` steps on `train` from the job's version 0, with one optimizer.
 
     The learning rate follows the schedule as if the steps were spread evenly over the job's rounds.
-    Rows are those of `read_rows` with the recipe's labels. `on_progress(done, total)` counts steps.
+    Rows are those of `read_rows` with the recipe's labels, or of `read_instructions`.
+    `on_progress(done, total)` counts steps.
     """
-    if not isinstance(spec.task, jobspec.Classification):
-        raise InvalidInput(f"There is no baseline for the task {spec.task.type!r}.")
     if spec.base_model and spec.base_model.digest not in (None, base_digest):
         raise InvalidInput(f"The base model at hand is not the {spec.base_model.name!r} that the recipe pins.")
-    task = TextClassification.of(spec.task)
+    task = kind_of(spec)
     chosen = choose_device(device)
     prepare(device=chosen, threads=threads)
     model = build(spec, task=task, base_model_path=base_model_path, device=chosen)
@@ -48,7 +47,9 @@ def train_alone(
         task=task,
         local=spec.local,
         steps=steps,
-        learning_rate_at=lambda step: spec.learning_rate_at(1 + step * spec.rounds // steps),
+        learning_rate_at=lambda step: spec.learning_rate_at(
+            1 + step * spec.rounds // steps, part=step * spec.rounds % steps / steps
+        ),
         seed=seed,
         on_step=lambda done, total, metrics: on_progress(done, total),
     )

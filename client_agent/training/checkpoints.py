@@ -2,6 +2,8 @@
 
 What a step changes: the trainable tensors, the optimizer's state, torch's random numbers, and the micro-batch size that
 fitted. The order of the rows follows from the seed and needs no state. Everything lies in plain tensors and JSON.
+
+Of several processes the first one decides when, and writes what it gathers; all of them read it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from client_agent.taskdir import (
 )
 from client_agent.training.files import write_tensors
 from client_agent.training.model import Model
+from client_agent.training.parallel import shard_like
 
 
 @dataclass
@@ -59,23 +62,25 @@ class Checkpoints:
             return
         with safe_open(self.directory / found.file, framework="pt") as file:
             for name, tensor in _trainable(model).items():
-                tensor.copy_(file.get_tensor(f"parameter.{name}"))
+                tensor.copy_(shard_like(tensor, file.get_tensor(f"parameter.{name}")))
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
             for name in file.keys():  # noqa: SIM118 (it is no dict)
                 kind, _, place = name.partition(".")
                 if kind == "optimizer":
                     index, _, key = place.partition(".")
-                    state.setdefault(int(index), {})[key] = file.get_tensor(name)
+                    values = shard_like(parameters[int(index)], file.get_tensor(name))
+                    state.setdefault(int(index), {})[key] = values
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        _set_random_state(found.state["random"], device=model.device)
+        _set_random_state(found.state["random"][model.group.rank], device=model.device)
         reached.step, reached.micro_batch_size = found.step, found.state["micro_batch_size"]
         reached.losses.extend(found.state["losses"])
 
     def after_step(self, reached: Reached, *, model: Model, optimizer: torch.optim.Optimizer) -> None:
         """Saves when it is time. Paused, after saving, when the daemon asked for it."""
-        pausing = self.pausing()
         due = self.every_seconds is not None and time.monotonic() - self._saved >= self.every_seconds
-        if pausing or due:
+        told = model.group.told(2 if self.pausing() else int(due))
+        if told:
             try:
                 self._save(reached, model=model, optimizer=optimizer)
             except OSError as error:
@@ -84,7 +89,7 @@ class Checkpoints:
                 tidy_checkpoints(self.directory)
                 self.warn(f"A checkpoint could not be saved: {error.strerror or type(error).__name__}.")
             self._saved = time.monotonic()
-        if pausing:
+        if told == 2:
             raise Paused
 
     def _save(self, reached: Reached, *, model: Model, optimizer: torch.optim.Optimizer) -> None:
@@ -92,12 +97,15 @@ class Checkpoints:
         for index, state in optimizer.state_dict()["state"].items():
             kept = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             tensors |= {f"optimizer.{index}.{key}": value for key, value in kept.items()}
+        tensors, random = model.group.whole(tensors), model.group.gathered(_random_state(model.device))
+        if not model.group.leads:
+            return
         file = CHECKPOINT_TENSORS.format(step=reached.step)
         write_tensors(tensors, path=self.directory / file)
         state = {
             "losses": list(reached.losses),
             "micro_batch_size": reached.micro_batch_size,
-            "random": _random_state(model.device),
+            "random": random,
         }
         write_checkpoint(self.directory, Checkpoint(self.work, reached.step, state, file))
 

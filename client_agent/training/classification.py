@@ -1,18 +1,21 @@
 """Text classification: everything of the trainer that depends on the task, in one place.
 
-Another task becomes a class beside this one with the same methods; model, loop and evaluation do not know which it is.
+The tasks beside it are in causal.py; what they have in common is in kinds.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
-from client_agent.training.data import Rows
+from client_agent.settings import DataSet
+from client_agent.training.data import Rows, read_rows
+from client_agent.training.tables import Split
 from protos import jobspec
 
 ENCODED_ROWS = 512
@@ -32,8 +35,19 @@ class Tokens:
         return len(self.labels)
 
     @property
+    def examples(self) -> int:
+        return len(self.labels)
+
+    @property
     def lengths(self) -> Tensor:
         return self.starts.diff()
+
+    @property
+    def content(self) -> tuple[Tensor, ...]:
+        return (self.ids, self.starts, self.labels)
+
+    def target_count(self, rows: Tensor) -> int:
+        return len(rows)
 
     def batch(self, rows: Tensor, *, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         """The model's inputs [len(rows), longest of them] and the labels [len(rows)], padded on the right."""
@@ -86,8 +100,11 @@ class TextClassification:
     max_length: int
 
     # What transformers and PEFT call it.
-    model_class = AutoModelForSequenceClassification
-    peft_type = "SEQ_CLS"
+    model_class: ClassVar[Any] = AutoModelForSequenceClassification
+    peft_type: ClassVar[str] = "SEQ_CLS"
+    evaluation_rows: ClassVar[int] = 64
+    # The heads of transformers' architectures, and what stands before them and may begin anew too.
+    never_quantized: ClassVar[tuple[str, ...]] = ("classifier", "score", "pooler", "pre_classifier")
 
     @classmethod
     def of(cls, task: jobspec.Classification) -> TextClassification:
@@ -97,6 +114,12 @@ class TextClassification:
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: number for number, label in enumerate(self.labels)}
         config.problem_type = None
+
+    def check(self, network: Any, *, missing: Collection[str], name: str) -> None:
+        """A head is always missing, and begins anew."""
+
+    def read(self, data_set: DataSet, *, name: str, split: Split) -> Rows:
+        return read_rows(data_set, name=name, labels=self.labels, split=split)
 
     def encode(self, rows: Rows, *, tokenizer: PreTrainedTokenizerBase, on_rows: Callable[[int, int], None]) -> Tokens:
         """The rows as tokens, cut to max_length. `on_rows(done, total)` is called before each part; it may raise."""
@@ -116,9 +139,10 @@ class TextClassification:
         labels = torch.tensor(rows.labels)
         return Tokens(torch.cat(parts), starts, labels, tokenizer.pad_token_id or 0, rows.skipped)
 
-    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The summed loss of a batch, in float32 whatever the model computes in."""
-        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    def predict(self, network: Any, inputs: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        # A new head is float32 whatever the frozen layers below it are.
+        with torch.autocast(targets.device.type, torch.bfloat16, enabled=network.dtype == torch.bfloat16):
+            return network(**inputs).logits, targets
 
     def new_scores(self) -> Scores:
         classes = len(self.labels)

@@ -6,16 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-from client_agent.training.classification import TextClassification, Tokens
+from client_agent.training.kinds import Encoded, Kind, loss_sum
 from client_agent.training.model import Model
 from client_agent.training.train import autocast, out_of_memory
 from protos.jobspec import Local
 
-BATCH_ROWS = 64
-
 
 def evaluate(
-    model: Model, *, tokens: Tokens, task: TextClassification, local: Local, on_rows: Callable[[int, int], None]
+    model: Model, *, tokens: Encoded, task: Kind, local: Local, on_rows: Callable[[int, int], None]
 ) -> dict[str, float]:
     """The task's metrics over all rows. `on_rows(done, total)` is called before each batch and at the end.
 
@@ -24,19 +22,19 @@ def evaluate(
     model.network.eval()
     scores = task.new_scores()
     # By length, so that little is padded; the metrics do not depend on the order.
-    waiting = list(tokens.lengths.argsort(stable=True, descending=True).split(BATCH_ROWS))
+    waiting = list(tokens.lengths.argsort(stable=True, descending=True).split(task.evaluation_rows))
     done = 0
     while waiting:
         on_rows(done, len(tokens))
         rows = waiting.pop(0)
         try:
             with torch.no_grad(), autocast(local, device=model.device):
-                inputs, labels = tokens.batch(rows, device=model.device)
-                logits = model.network(**inputs).logits
-                scores.add(logits, labels, loss_sum=float(task.loss_sum(logits, labels)))
+                logits, targets = task.predict(model.network, *tokens.batch(rows, device=model.device))
+                scores.add(logits, targets, loss_sum=float(loss_sum(logits, targets)))
         except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise out_of_memory(1) from None
+            # Of several processes only this one would cut its rows.
+            if len(rows) == 1 or model.group.size > 1:
+                raise out_of_memory(len(rows)) from None
             waiting[:0] = rows.split(len(rows) // 2)
             continue
         done += len(rows)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import save
 from torch import Tensor
 
-from client_agent.training.classification import TextClassification
+from client_agent.training.kinds import Kind
 from client_agent.training.model import Model
 from protos.model_files import FROZEN
 from protos.tensors import make_header
@@ -32,7 +32,7 @@ def write_tensors(tensors: Mapping[str, Tensor], *, path: Path) -> None:
     temporary.rename(path)
 
 
-def write_model_files(model: Model, *, task: TextClassification, directory: Path) -> None:
+def write_model_files(model: Model, *, task: Kind, directory: Path) -> None:
     """Beside the federated tensors, all that makes them a model directory that Hugging Face opens.
 
     config.json and tokenizer; adapter_config.json where there are adapters; else the frozen tensors, where there are.

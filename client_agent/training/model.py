@@ -15,17 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from client_agent.training.classification import TextClassification
+from client_agent.training.adapters import federated, leave_casts_to_autocast, with_adapters
+from client_agent.training.kinds import Kind
+from client_agent.training.parallel import ALONE, Group
+from client_agent.training.quantization import compute_dtype, keep_layout, loading_options
 from protos import jobspec
-from protos.errors import CorruptData, InvalidInput
+from protos.errors import InvalidInput
 
 LOCAL_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# Names of the libraries for what the recipe calls so; "auto" leaves the choice to transformers.
+ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
 
 
 @dataclass(frozen=True)
@@ -33,20 +38,32 @@ class Model:
     network: nn.Module
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
-    # In canonical order; float32; each shares memory with a trainable parameter of `network`.
-    federated: Mapping[str, Tensor]
+    # What the task at hand trains, else all of version 0; in canonical order; float32; each shares memory with a
+    # parameter of `network`. Only `load_version` changes it.
+    federated: dict[str, Tensor]
+    # What version 0 holds.
+    shapes: Mapping[str, tuple[int, ...]]
+    # The processes that have it together.
+    group: Group = ALONE
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
 
-def build(spec: jobspec.JobSpec, *, task: TextClassification, base_model_path: Path, device: torch.device) -> Model:
+def build(
+    spec: jobspec.JobSpec, *, task: Kind, base_model_path: Path, device: torch.device, group: Group = ALONE
+) -> Model:
     """The base model with head and adapters, whose new weights follow from the job's seed alone.
 
-    InvalidInput: the directory is no such model, or the recipe asks for layers, positions or targets that it lacks.
+    InvalidInput: the directory is no such model, or the recipe asks for layers, positions or targets that it lacks, or
+    for software that this site lacks.
     """
-    name = spec.base_model.name if spec.base_model else ""
+    assert spec.base_model is not None
+    name = spec.base_model.name
+    options = loading_options(spec.base_model, local=spec.local, device=device, skip=task.never_quantized)
+    if attention := ATTENTION.get(spec.base_model.attention):
+        options["attn_implementation"] = attention
     # What the base model lacks is dealt with below; the library's report of it would be most of the log.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -57,33 +74,64 @@ def build(spec: jobspec.JobSpec, *, task: TextClassification, base_model_path: P
         tokenizer = AutoTokenizer.from_pretrained(base_model_path, **LOCAL_ONLY)
         torch.manual_seed(spec.seed)
         network, loading = task.model_class.from_pretrained(
-            base_model_path, config=config, **LOCAL_ONLY, use_safetensors=True, dtype=torch.float32,
-            output_loading_info=True, ignore_mismatched_sizes=True,
+            base_model_path, config=config, **LOCAL_ONLY, use_safetensors=True, dtype=_dtype(spec),
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         traceback.print_exc()
+        if isinstance(error, ImportError) and spec.base_model.attention == "flash":
+            raise InvalidInput(
+                f"The base model {name!r} cannot be used with attention = {spec.base_model.attention!r} at this site.",
+                hint='Install what the trainer\'s log asks for, or set attention = "auto" under [base_model].',
+            ) from error
         raise InvalidInput(
             f"The base model {name!r} cannot be loaded for this task ({type(error).__name__}).",
             hint="It needs config.json, tokenizer files and safetensors weights; the trainer's log has the details.",
         ) from error
     _check_positions(network, max_length=task.max_length, name=name)
     missing = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    task.check(network, missing=missing, name=name)
+    keep_layout(network)
     if isinstance(spec.method, jobspec.Lora):
-        network = _with_adapters(network, method=spec.method, task=task, missing=missing, name=name)
+        network = with_adapters(network, spec=spec, peft_type=task.peft_type, missing=missing, name=name)
+        if compute_dtype(spec.local, device=device) == torch.bfloat16:
+            leave_casts_to_autocast(network)
     elif spec.method.freeze_embeddings:
         _freeze_embeddings(network, missing=missing)
-    # Own memory: the loaded tensors are views of the mapped file, at addresses aligned by chance.
-    for tensor in [*network.parameters(), *network.buffers()]:
-        tensor.data = tensor.data.to(device, copy=True)
-    return Model(network, tokenizer, device, _federated(network))
-
-
-def _federated(network: nn.Module) -> dict[str, Tensor]:
-    if isinstance(network, PeftModel):
-        tensors = get_peft_model_state_dict(network, save_embedding_layers=False)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if group.mesh and not options.get("quantization_config"):
+        group.shard(network, device=device)
     else:
-        tensors = {name: tensor.detach() for name, tensor in network.named_parameters() if tensor.requires_grad}
-    return dict(sorted(tensors.items()))
+        # Own memory: the loaded tensors are views of the mapped file, at addresses aligned by chance. Quantised ones
+        # are not: they were made here, on the device.
+        for tensor in [*network.parameters(), *network.buffers()]:
+            if tensor.is_floating_point() or not options.get("quantization_config"):
+                tensor.data = tensor.data.to(device, copy=True)
+    if spec.local.compile:
+        if group.size > 1:
+            raise InvalidInput(
+                "This site trains with several processes, which have no compiled models.",
+                hint="Set compile = false under [local] in the recipe, or processes = 1 under [device] in site.toml.",
+            )
+        _compile(network)
+    tensors = federated(network)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Model(network, tokenizer, device, tensors, shapes, group)
+
+
+def _dtype(spec: jobspec.JobSpec) -> torch.dtype:
+    """Of the frozen weights. Where there are no adapters, (nearly) all are trained, and that is done in float32."""
+    wants = spec.base_model.dtype if spec.base_model and isinstance(spec.method, jobspec.Lora) else "float32"
+    return torch.bfloat16 if wants == "bfloat16" else torch.float32
+
+
+def _compile(network: nn.Module) -> None:
+    """Layer by layer, where transformers marks them: all of them then share one program. Names stay as they are."""
+    layers: list[nn.Module] = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers or [network]:
+        layer.compile(dynamic=True)
 
 
 def _cut_layers(config: PreTrainedConfig, spec: jobspec.JobSpec, *, name: str) -> None:
@@ -119,73 +167,3 @@ def _freeze_embeddings(network: PreTrainedModel, *, missing: Collection[str]) ->
     frozen = set(getattr(encoder, "embeddings", encoder.get_input_embeddings()).parameters())
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(parameter not in frozen or name in missing)
-
-
-def _with_adapters(
-    network: PreTrainedModel, *, method: jobspec.Lora, task: TextClassification, missing: Collection[str], name: str
-) -> PeftModel:
-    """Adapters on the targets; the head and whatever else the base model lacks is trained and federated whole."""
-    new_modules = set()
-    for key in missing:
-        top, owner = key.partition(".")[0], key.rpartition(".")[0]
-        new_modules.add(owner if top == network.base_model_prefix else top)
-    config = LoraConfig(
-        r=method.rank,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]
-        lora_dropout=method.dropout,
-        target_modules="all-linear" if method.targets == ("all-linear",) else list(method.targets),
-        modules_to_save=sorted(new_modules) or None,
-        task_type=task.peft_type,
-    )
-    try:
-        adapted = get_peft_model(network, config)
-    except ValueError as error:
-        linear = sorted({path.rpartition(".")[2] for path, m in network.named_modules() if isinstance(m, nn.Linear)})
-        raise InvalidInput(
-            f"The base model {name!r} has no layers named {', '.join(method.targets)} that can take an adapter.",
-            hint=f"Choose targets under [method] in the recipe from: {', '.join(linear)}.",
-        ) from error
-    # adapter_config.json shall name the base model, not the site's path, and have one content: sets have no order.
-    written: Any = adapted.peft_config["default"]
-    written.base_model_name_or_path = name
-    written.target_modules = sorted(written.target_modules)
-    return adapted
-
-
-def check_tensors(path: Path, *, expected: Mapping[str, Tensor]) -> None:
-    """InvalidInput unless the file holds these names and shapes in float32; CorruptData: it is no tensor file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            shapes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
-    except SafetensorError as error:
-        raise CorruptData("The received model is not a tensor file.") from error
-    hint = "This site's base model or its software differs from the one that built version 0."
-    for name in sorted(expected.keys() ^ shapes.keys()):
-        lacks = "lacks a tensor that this site's has" if name in expected else "has a tensor that this site's lacks"
-        raise InvalidInput(f"The received model {lacks}: {name!r}.", hint=hint)
-    for name, tensor in expected.items():
-        if shapes[name] != ("F32", tuple(tensor.shape)):
-            dtype, shape = shapes[name]
-            raise InvalidInput(
-                f"Tensor {name!r} of the received model is {dtype} {list(shape)}, not F32 {list(tensor.shape)}.",
-                hint=hint,
-            )
-
-
-def load_version(model: Model, *, path: Path) -> None:
-    """Puts a version into the model, in place and tensor by tensor; nothing changes unless all of it fits."""
-    check_tensors(path, expected=model.federated)
-    with safe_open(path, framework="pt") as file:
-        for name, tensor in model.federated.items():
-            tensor.copy_(file.get_tensor(name))
-
-
-def update_norm(model: Model, *, path: Path) -> float:
-    """The Euclidean distance of the model from the version at `path`; not finite when the training diverged."""
-    total = 0.0
-    with safe_open(path, framework="pt") as file:
-        for name, tensor in model.federated.items():
-            difference = tensor.cpu() - file.get_tensor(name)
-            total += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
-    return total**0.5

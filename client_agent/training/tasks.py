@@ -7,10 +7,12 @@ federated tensors and makes everything else that it changes anew, so it gives th
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -26,19 +28,25 @@ from client_agent.taskdir import (
     until_written,
     wait_for_room,
 )
+from client_agent.training.benchmarks import QUESTIONS, ask_all
 from client_agent.training.checkpoints import Checkpoints
-from client_agent.training.classification import TextClassification, Tokens
-from client_agent.training.data import Split, fingerprint, read_rows
+from client_agent.training.data import fingerprint
+from client_agent.training.encoding import is_encoded, source_of, version_file, write_update
 from client_agent.training.evaluate import evaluate
 from client_agent.training.files import write_model_files, write_tensors
-from client_agent.training.model import Model, build, load_version, update_norm
+from client_agent.training.kinds import Encoded, Kind, kind_of
+from client_agent.training.loading import load_version, update_norm
+from client_agent.training.model import Model, build
+from client_agent.training.parallel import ALONE, Group
+from client_agent.training.tables import Split
 from client_agent.training.train import diverged, prepare, step_count, train
 from protos import jobspec
 from protos.digests import digest_of
 from protos.errors import InvalidInput, SiteConfigInvalid
 
 KEPT_MODELS = 1  # a second one would not fit on many a GPU
-KEPT_SPLITS = 3  # train, validation and test of one data set
+KEPT_SPLITS = 3  # train, validation and test of one data set, however large
+KEPT_SPLITS_BYTES = 256 << 20  # more of them while they are small: a lab's trainer serves all its sites
 
 Kept = TypeVar("Kept")
 
@@ -54,7 +62,13 @@ class Warm:
     """What stays in memory between tasks."""
 
     models: OrderedDict[Hashable, Model] = field(default_factory=OrderedDict)
-    splits: OrderedDict[Hashable, Tokens] = field(default_factory=OrderedDict)
+    splits: OrderedDict[Hashable, Encoded] = field(default_factory=OrderedDict)
+    # How long it last took to load a model and rows afresh, from the task's arrival until it could begin.
+    fresh_seconds: float = 0.0
+
+    def has_enough_splits(self) -> bool:
+        size_bytes = sum(part.nbytes for tokens in self.splits.values() for part in tokens.content)
+        return len(self.splits) >= KEPT_SPLITS and size_bytes >= KEPT_SPLITS_BYTES
 
     def clear(self) -> None:
         self.models.clear()
@@ -75,8 +89,10 @@ class Work:
     # Whether the daemon wants the training to save its state and end; and what the site's log should have.
     pausing: Callable[[], bool] = lambda: False
     warn: Callable[[str], None] = lambda sentence: None
+    # The trainers that do this task together, this one among them.
+    group: Group = ALONE
     spec: jobspec.JobSpec = field(init=False)
-    kind: TextClassification = field(init=False)
+    kind: Kind = field(init=False)
     device: torch.device = field(init=False)
     seconds: dict[str, float] = field(default_factory=dict, init=False)
     # Steps of a training: done, and in all.
@@ -84,11 +100,9 @@ class Work:
 
     def __post_init__(self) -> None:
         self.spec = jobspec.parse(self.task.spec)
-        if not isinstance(self.spec.task, jobspec.Classification):
-            raise InvalidInput(f"This trainer does not know the task {self.spec.task.type!r}.")
-        self.kind = TextClassification.of(self.spec.task)
-        self.device = choose_device(self.task.device)
-        prepare(device=self.device, threads=self.task.threads)
+        self.kind = kind_of(self.spec)
+        self.device = choose_device(self.task.device, place=self.group.rank)
+        prepare(device=self.device, threads=self.task.threads, processes=self.group.size)
 
     def run(self) -> TaskResult:
         match self.task.kind:
@@ -106,10 +120,9 @@ class Work:
         time.sleep(ROOM_LOOK_SECONDS)
 
     def _init(self) -> TaskResult:
-        # Never the warm model: its head has been trained.
-        self.warm.models.clear()
-        model = self._model()
+        model = self._initial_model()
         self._lap("load", since=self.began)
+        self.warm.fresh_seconds = self.seconds["load"]
         start = time.monotonic()
         write_tensors(model.federated, path=self.directory / UPDATE)
         write_model_files(model, task=self.kind, directory=self.directory / FILES)
@@ -117,16 +130,19 @@ class Work:
         return TaskResult(seconds=self.seconds)
 
     def _train(self) -> TaskResult:
+        known = set(self.warm.models)
         model, version = self._version()
         tokens = self._tokens(model, "train")
         self._lap("load", since=self.began)
+        self._say_load(fresh=not known & set(self.warm.models))
         steps = step_count(self.spec.local, rows=len(tokens))
-        learning_rate = self.spec.learning_rate_at(self.task.round)
         here = -1  # steps in this sitting
+        speed = 0.0
 
         def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
-            nonlocal here
+            nonlocal here, speed
             here += 1
+            speed = metrics.get("tokens_per_second", speed)
             self._reached = done, total
             if here == 1:
                 self._lap("first_step", since=self.began)
@@ -135,43 +151,73 @@ class Work:
         # The update has the tensors of the version. What an earlier sitting left of it would only take its room.
         self._reached = 0, steps
         update = self.directory / UPDATE
-        update.unlink(missing_ok=True)
-        wait_for_room(update, size_bytes=version.stat().st_size, waits=self.wait_for_room)
+        if self.group.leads:
+            update.unlink(missing_ok=True)
+            wait_for_room(update, size_bytes=version.stat().st_size, waits=self.wait_for_room)
         start = time.monotonic()
         loss = train(
             model, tokens=tokens, task=self.kind, local=self.spec.local, steps=steps,
-            learning_rate_at=lambda step: learning_rate, seed=self.task.seed, on_step=on_step,
+            learning_rate_at=lambda step: self.spec.learning_rate_at(self.task.round, part=step / steps),
+            seed=self._seed(), on_step=on_step,
             checkpoints=self._checkpoints(model, tokens),
         )  # fmt: skip
         self._lap("train", since=start)
         start = time.monotonic()
+        model = replace(model, federated=self.group.whole(model.federated))
+        if not self.group.leads:
+            return TaskResult()
         norm = update_norm(model, path=version)
         if not math.isfinite(norm):
             raise diverged("weights are no longer finite numbers")
         until_written(
-            lambda: write_tensors(model.federated, path=update), waits=self.wait_for_room,
+            lambda: self._write_update(model, version=version), waits=self.wait_for_room,
             partial=update.with_suffix(".new"),
         )  # fmt: skip
         self._lap("save", since=start)
         metrics = {
             "loss": loss,
-            "learning_rate": learning_rate,
+            "learning_rate": self.spec.learning_rate_at(self.task.round),
             "steps_per_second": here / self.seconds["train"],
+            "tokens_per_second": speed,
             "update_norm": norm,
             "skipped_rows": float(tokens.skipped),
             **self._memory(),
         }
-        return TaskResult(examples=len(tokens), steps=steps, metrics=metrics, seconds=self.seconds)
+        return TaskResult(examples=tokens.examples, steps=steps, metrics=metrics, seconds=self.seconds)
 
-    def _checkpoints(self, model: Model, tokens: Tokens) -> Checkpoints:
+    def _write_update(self, model: Model, *, version: Path) -> None:
+        if not is_encoded(self.task):
+            return write_tensors(model.federated, path=self.directory / UPDATE)
+        tensors = [(name, "F32", tuple(tensor.shape)) for name, tensor in sorted(model.federated.items())]
+        values = source_of(model.federated)
+        write_update(self.task, values, tensors=tensors, version=version, directory=self.directory)
+
+    def _seed(self) -> int:
+        """Of the order of the rows and of dropout: the round's, or for all rounds that of the first."""
+        if self.spec.local.data_order == "new":
+            return self.task.seed
+        return jobspec.task_seed(self.spec.seed, round_number=1, site=self.task.site)
+
+    def _say_load(self, *, fresh: bool) -> None:
+        """For the trainer's log."""
+        if fresh:
+            self.warm.fresh_seconds = self.seconds["load"]
+        print(
+            f"Round {self.task.round}: ready to train {self.seconds['load']:.3f} s after the task came; loading afresh "
+            f"took {self.warm.fresh_seconds:.3f} s.",
+            file=sys.stderr,
+        )
+
+    def _checkpoints(self, model: Model, tokens: Encoded) -> Checkpoints:
         # The rows as the model sees them, so that a file that was only touched costs no training.
-        rows = [digest_of(part.numpy().tobytes()) for part in (tokens.ids, tokens.starts, tokens.labels)]
+        rows = [digest_of(part.numpy().tobytes()) for part in tokens.content]
         shapes = [(name, list(tensor.shape)) for name, tensor in model.federated.items()]
         # Another number of threads or another torch adds up in another order: what was begun so is begun anew.
         work = self.task.work_digest(
             rows=rows, tensors=shapes, device=self.device.type, threads=torch.get_num_threads(),
-            torch=str(torch.__version__),
+            torch=str(torch.__version__), processes=self.group.size,
         )  # fmt: skip
+        self.group.check_agree(work)
         return Checkpoints(
             self.directory, work, self.spec.local.checkpoint_seconds, pausing=self.pausing, warn=self.warn
         )
@@ -179,55 +225,92 @@ class Work:
     def _evaluate(self) -> TaskResult:
         if self.task.split not in ("validation", "test"):
             raise InvalidInput(f"There is no split {self.task.split!r} to evaluate on; there are validation and test.")
+        split: Split = "test" if self.task.split == "test" else "validation"
         model, _ = self._version()
-        tokens = self._tokens(model, "test" if self.task.split == "test" else "validation")
+        tokens = self._tokens(model, split) if self._has_rows(split) else None
         self._lap("load", since=self.began)
         start = time.monotonic()
-        metrics = evaluate(
-            model, tokens=tokens, task=self.kind, local=self.spec.local,
+        metrics: dict[str, float] = {}
+        if tokens is not None:
+            metrics = evaluate(
+                model, tokens=tokens, task=self.kind, local=self.spec.local,
+                on_rows=lambda done, total: self.report("evaluating", done, total, "rows", {}),
+            )  # fmt: skip
+            if not math.isfinite(metrics["loss"]):
+                raise InvalidInput("The model's loss on these rows is not a finite number.")
+            metrics["skipped_rows"] = float(tokens.skipped)
+        asked = ask_all(
+            model, spec=self.spec, task=self.task, split=split, warn=self.warn,
             on_rows=lambda done, total: self.report("evaluating", done, total, "rows", {}),
+            write=lambda write: until_written(write, waits=self.wait_for_room) if self.group.leads else None,
         )  # fmt: skip
         self._lap("evaluate", since=start)
-        if not math.isfinite(metrics["loss"]):
-            raise InvalidInput("The model's loss on these rows is not a finite number.")
-        metrics |= {"skipped_rows": float(tokens.skipped), **self._memory()}
-        return TaskResult(examples=len(tokens), metrics=metrics, seconds=self.seconds)
+        examples = tokens.examples if tokens is not None else int(sum(asked[name] for name in QUESTIONS & asked.keys()))
+        if not examples:
+            raise SiteConfigInvalid(f"This site has nothing to measure the model on for {split}.")
+        metrics |= {**asked, **self._memory()}
+        return TaskResult(examples=examples, metrics=metrics, seconds=self.seconds)
+
+    def _has_rows(self, split: Split) -> bool:
+        """Whether the job's own rows are measured: always, unless they are not here and there are questions to ask."""
+        if not self.spec.evaluation.benchmarks:
+            return True
+        if self.task.data_set is None:
+            return False
+        data_set = DataSet.model_validate(self.task.data_set)
+        return data_set.test is not None if split == "test" else bool(data_set.validation)
+
+    def _write_initial(self, path: Path) -> None:
+        write_tensors(self._initial_model().federated, path=path)
 
     def _version(self) -> tuple[Model, Path]:
         """The model holding the version that the task starts from, and that version's file."""
-        if self.task.model_path is None:
+        if self.task.model_path is None and not self.task.model_digest:
             raise InvalidInput(f"A task of kind {self.task.kind!r} needs a model to start from.")
-        path = Path(self.task.model_path)
+        path = version_file(self.task, directory=self.directory, make_initial=self._write_initial)
         model = self._model()
-        load_version(model, path=path)
+        site = self.task.site if self.task.kind == "train" else None
+        load_version(model, path=path, spec=self.spec, round_number=self.task.round, site=site)
         return model, path
 
+    def _initial_model(self) -> Model:
+        """Never the warm one: its head has been trained. Alone, so it need not fit one of several GPUs."""
+        self.warm.models.clear()
+        return self._model() if self.task.processes == 1 else self._build(ALONE, torch.device("cpu"))
+
     def _model(self) -> Model:
+        base = self.spec.base_model.model_dump_json() if self.spec.base_model else None
+        # The rule decides what stands between the factors, precision what quantised weights are multiplied in.
+        method = (self.spec.method.model_dump_json(), self.spec.aggregation.rule)
+        local = (self.spec.local.precision, self.spec.local.compile)
+        place = (self.task.base_digest, self.task.base_model_path)
+        key = (place, base, method, local, self.kind, str(self.device), self.group.size)
+        self.report("loading", 0, 0, "rows", {})
+        models = self.warm.models
+        make = partial(self._build, self.group, self.device)
+        return _kept(models, key, is_full=lambda: len(models) >= KEPT_MODELS, make=make)
+
+    def _build(self, group: Group, device: torch.device) -> Model:
         if self.task.base_model_path is None:
             raise InvalidInput("The task names no base model.")
-        base_model_path = Path(self.task.base_model_path)
-        layers = self.spec.base_model.layers if self.spec.base_model else None
-        key = (self.task.base_digest, base_model_path, layers, self.spec.method, self.kind, str(self.device))
-        self.report("loading", 0, 0, "rows", {})
-        return _kept(
-            self.warm.models, key, limit=KEPT_MODELS,
-            make=lambda: build(self.spec, task=self.kind, base_model_path=base_model_path, device=self.device),
-        )  # fmt: skip
+        path = Path(self.task.base_model_path)
+        with group.in_turn():
+            return build(self.spec, task=self.kind, base_model_path=path, device=device, group=group)
 
-    def _tokens(self, model: Model, split: Split) -> Tokens:
+    def _tokens(self, model: Model, split: Split) -> Encoded:
         if self.task.data_set is None or self.spec.data is None:
             raise SiteConfigInvalid("The task names no data set.")
         data_set, name = DataSet.model_validate(self.task.data_set), self.spec.data.name
 
-        def encode() -> Tokens:
-            rows = read_rows(data_set, name=name, labels=self.kind.labels, split=split)
+        def encode() -> Encoded:
+            rows = self.kind.read(data_set, name=name, split=split)
             return self.kind.encode(
                 rows, tokenizer=model.tokenizer,
                 on_rows=lambda done, total: self.report("loading", done, total, "rows", {}),
             )  # fmt: skip
 
         key = (fingerprint(data_set, name=name, split=split), self.task.base_digest, self.kind)
-        return _kept(self.warm.splits, key, limit=KEPT_SPLITS, make=encode)
+        return _kept(self.warm.splits, key, is_full=self.warm.has_enough_splits, make=encode)
 
     def _memory(self) -> dict[str, float]:
         if self.device.type != "cuda":
@@ -238,25 +321,29 @@ class Work:
         self.seconds[stage] = time.monotonic() - since
 
 
-def choose_device(name: str) -> torch.device:
-    """InvalidInput when a GPU is named that is not there."""
+def choose_device(name: str, *, place: int = 0) -> torch.device:
+    """The one of this name, or that many places behind it. SiteConfigInvalid when there is no such GPU."""
     if name == "auto":
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SiteConfigInvalid(
-            f"The device {name} is not there ({torch.cuda.device_count()} GPUs are).",
-            hint='Set name under [device] in site.toml to "auto" or "cpu".',
-        )
+    if device.type == "cuda":
+        device = torch.device("cuda", (device.index or 0) + place)
+        if device.index >= torch.cuda.device_count():
+            raise SiteConfigInvalid(
+                f"The device {device} is not there ({torch.cuda.device_count()} GPUs are).",
+                hint='Set name under [device] in site.toml to "auto" or "cpu", or processes to the number of GPUs.',
+            )
     return device
 
 
-def _kept(store: OrderedDict[Hashable, Kept], key: Hashable, *, limit: int, make: Callable[[], Kept]) -> Kept:
+def _kept(
+    store: OrderedDict[Hashable, Kept], key: Hashable, *, is_full: Callable[[], bool], make: Callable[[], Kept]
+) -> Kept:
     """What `store` keeps under `key`; made when missing, after the least recently used have gone."""
     if key in store:
         store.move_to_end(key)
     else:
-        while len(store) >= limit:
+        while is_full():
             store.popitem(last=False)
         store[key] = make()
     return store[key]

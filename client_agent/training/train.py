@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
+from client_agent.training import parallel
 from client_agent.training.checkpoints import Checkpoints, Reached
-from client_agent.training.classification import TextClassification, Tokens
+from client_agent.training.kinds import Encoded, Kind, loss_sum
 from client_agent.training.model import Model
 from protos.errors import InvalidInput, OutOfSpace
 from protos.jobspec import Local
@@ -27,10 +31,10 @@ from protos.jobspec import Local
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
-def prepare(*, device: torch.device, threads: int) -> None:
-    """The process-wide switches that decide how numbers are computed; `threads` 0 means all cores."""
+def prepare(*, device: torch.device, threads: int, processes: int = 1) -> None:
+    """The process-wide switches that decide how numbers are computed; `threads` 0 means a share of all cores."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or available)
+    torch.set_num_threads(threads or max(1, available // processes))
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Costs time to guard against reading memory that was never written, which no layer here does.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -46,8 +50,8 @@ def step_count(local: Local, *, rows: int) -> int:
 def train(
     model: Model,
     *,
-    tokens: Tokens,
-    task: TextClassification,
+    tokens: Encoded,
+    task: Kind,
     local: Local,
     steps: int,
     learning_rate_at: Callable[[int], float],
@@ -60,8 +64,10 @@ def train(
     `learning_rate_at` takes the step, from 0. InvalidInput when the loss is no longer finite; OutOfSpace when not even
     one row fits into the device's memory; Paused by the checkpoints, which hold what was done.
     """
-    torch.manual_seed(seed)
+    # Each process has other rows, and so another dropout.
+    torch.manual_seed(seed + model.group.rank)
     model.network.train()
+    _set_gradient_checkpointing(model, wanted=local.gradient_checkpointing)
     optimizer = make_optimizer(model, local=local, learning_rate=learning_rate_at(0))
     order = batches(len(tokens), batch_size=local.batch_size, seed=seed)
     last_epoch = deque[float](maxlen=math.ceil(len(tokens) / local.batch_size))
@@ -69,6 +75,7 @@ def train(
     if checkpoints:
         checkpoints.restore(done, model=model, optimizer=optimizer)
     on_step(done.step, steps, {})
+    began, seen = time.monotonic(), 0
     for rows in islice(order, done.step, steps):
         learning_rate = learning_rate_at(done.step)
         for group in optimizer.param_groups:
@@ -83,7 +90,9 @@ def train(
         optimizer.step()
         done.step += 1
         last_epoch.append(loss)
-        on_step(done.step, steps, {"loss": loss, "learning_rate": learning_rate})
+        seen += int(tokens.lengths[rows].sum())
+        speed = seen / (time.monotonic() - began)
+        on_step(done.step, steps, {"loss": loss, "learning_rate": learning_rate, "tokens_per_second": speed})
         if checkpoints and done.step < steps:
             checkpoints.after_step(done, model=model, optimizer=optimizer)
     model.network.zero_grad(set_to_none=True)
@@ -106,6 +115,7 @@ def make_optimizer(model: Model, *, local: Local, learning_rate: float) -> torch
     groups = [group for group in groups if group["params"]]
     fused = model.device.type in {"cpu", "cuda"}
     if local.optimizer == "sgd":
+        fused = fused and model.group.size == 1  # It has not been written for sharded tensors.
         return torch.optim.SGD(groups, lr=learning_rate, momentum=local.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
 
@@ -129,18 +139,44 @@ def out_of_memory(batch_rows: int) -> OutOfSpace:
     )
 
 
+def _set_gradient_checkpointing(model: Model, *, wanted: bool) -> None:
+    """As this task wants it: a model that is warm may have served another one."""
+    network: Any = model.network
+    if wanted == network.is_activation_checkpointing:
+        return
+    if not wanted:
+        network.activation_checkpointing_disable()
+        return
+    try:
+        network.activation_checkpointing_enable()
+    except ValueError as error:
+        raise InvalidInput(
+            "The base model's architecture has no gradient checkpointing.",
+            hint="Set gradient_checkpointing = false under [local] in the recipe.",
+        ) from error
+
+
 def _gradients(
-    model: Model, *, rows: Tensor, tokens: Tokens, task: TextClassification, local: Local, micro_batch_size: int
+    model: Model, *, rows: Tensor, tokens: Encoded, task: Kind, local: Local, micro_batch_size: int
 ) -> tuple[float, int]:
     """The batch's mean loss, its gradients left in the parameters, and the micro-batch size that fitted."""
     while True:
         model.network.zero_grad(set_to_none=True)
         try:
-            parts = rows.split(micro_batch_size)
-            return _accumulate(model, parts=parts, tokens=tokens, task=task, local=local), micro_batch_size
+            loss = _accumulate(
+                model, rows=rows, tokens=tokens, task=task, local=local, micro_batch_size=micro_batch_size
+            )
+            return loss, micro_batch_size
         except torch.OutOfMemoryError:
+            if model.group.size > 1:
+                raise parallel.out_of_memory(min(micro_batch_size, len(rows))) from None
             if micro_batch_size == 1:
                 raise out_of_memory(1) from None
+        except TorchDynamoException as error:
+            raise InvalidInput(
+                f"The base model cannot be compiled at this site ({type(error).__name__}).",
+                hint="Set compile = false under [local] in the recipe; the trainer's log has the details.",
+            ) from error
         # Here, where the failed attempt's frames no longer hold its tensors.
         micro_batch_size = min(micro_batch_size, len(rows)) // 2 or 1
         if model.device.type == "cuda":
@@ -148,16 +184,17 @@ def _gradients(
 
 
 def _accumulate(
-    model: Model, *, parts: Sequence[Tensor], tokens: Tokens, task: TextClassification, local: Local
+    model: Model, *, rows: Tensor, tokens: Encoded, task: Kind, local: Local, micro_batch_size: int
 ) -> float:
-    rows = sum(len(part) for part in parts)
+    count = tokens.target_count(rows)
     total = torch.zeros((), device=model.device)
-    for part in parts:
-        inputs, labels = tokens.batch(part, device=model.device)
+    for part, weight in model.group.parts(rows, micro_batch_size=micro_batch_size):
+        inputs, targets = tokens.batch(part, device=model.device)
         with autocast(local, device=model.device):
-            logits = model.network(**inputs).logits
-        # Each part weighs by its rows, so the sum of the gradients is that of the whole batch's mean.
-        loss = task.loss_sum(logits, labels) / rows
-        loss.backward()
-        total += loss.detach()
-    return float(total)
+            logits, classes = task.predict(model.network, inputs, targets)
+        # Each part weighs by its targets, so the sum of the gradients is that of the whole batch's mean.
+        loss = loss_sum(logits, classes) / count
+        (loss * (weight * model.group.size)).backward()
+        total += loss.detach() * weight
+    model.group.mean_gradients(model.trainable)
+    return float(model.group.sum(total))

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from client_agent.taskdir import Paused, is_full, read_spec, until_written, write_result
+from client_agent.taskdir import Paused, Seat, VersionNeeded, is_full, read_spec, until_written, write_result
 from client_agent.training.data import without_content
 from protos.errors import SilotuneError
 
@@ -34,6 +34,8 @@ class Cancelled(Exception):
 class Run:
     directory: Path
     received: float  # time.monotonic()
+    # Where another trainer wants this one to help.
+    seat: Seat | None = None
     # Each run has its own, so that a cancel that comes too late does not hit the next one.
     cancelled: threading.Event = field(default_factory=threading.Event)
     pausing: threading.Event = field(default_factory=threading.Event)
@@ -53,7 +55,8 @@ class Control:
         for line in self._commands:
             command = json.loads(line)
             if "run" in command:
-                latest = Run(Path(command["run"]), time.monotonic())
+                seat = Seat(command["rank"], command["meeting"]) if "rank" in command else None
+                latest = Run(Path(command["run"]), time.monotonic(), seat)
                 self._runs.put(latest)
             elif command.get("cancel") and latest:
                 latest.cancelled.set()
@@ -103,20 +106,28 @@ def main() -> None:
     import torch
 
     from client_agent.training.tasks import Warm, Work
+    from client_agent.training.team import Team
 
     warm = Warm()
+    team = Team(warm, say_failed=lambda reason, hint: control.say("failed", reason=reason, hint=hint))
     for run in control.runs():
         try:
-            work = Work(
-                read_spec(run.directory), run.directory, warm, Progress(run, control=control), run.received,
-                pausing=run.pausing.is_set, warn=lambda sentence: control.say("warning", sentence=sentence),
-            )  # fmt: skip
-            save = partial(write_result, run.directory, work.run())
-            until_written(save, waits=work.wait_for_room)
+            task = read_spec(run.directory)
+            with team.at(task, run.directory, seat=run.seat) as group:
+                work = Work(
+                    task, run.directory, warm, Progress(run, control=control), run.received,
+                    pausing=run.pausing.is_set, warn=lambda sentence: control.say("warning", sentence=sentence),
+                    group=group,
+                )  # fmt: skip
+                result = work.run()
+                if group.leads:
+                    until_written(partial(write_result, run.directory, result), waits=work.wait_for_room)
         except Cancelled:
             control.say("cancelled")
         except Paused:
             control.say("paused")
+        except VersionNeeded as needed:
+            control.say("failed", reason=str(needed), hint="", needs_version=True)
         except SilotuneError as error:
             control.say("failed", reason=without_content(error), hint=error.hint)
         except torch.OutOfMemoryError:

@@ -3,44 +3,64 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from coordinator.aggregation.combine import BLOCK_ELEMENTS, DTYPES, read_header
+from coordinator.aggregation.combine import BLOCK_ELEMENTS, DTYPES
 from protos import tensors
+from protos.encoded_files import TensorFile, decoded
+from protos.encodings import Named, encoded_header
 from protos.errors import UpdateRejected
+from protos.rounding import is_sane
 
 
 def read_layout(path: Path) -> tensors.Layout:
     """The layout of a tensor file. UpdateRejected when its header is not one."""
-    return read_header(path)[1]
+    with TensorFile(path) as file:
+        return file.layout
 
 
-def check_update(path: Path, *, expected: tensors.Layout | None) -> tensors.Layout:
+def check_update(
+    path: Path, *, expected: Sequence[Named] | None, encoding: str = "raw", block: int = 0
+) -> tensors.Layout:
     """The layout of an update that may count.
 
-    `expected` is the layout of the version that the round started from; None for version 0. UpdateRejected names the
-    first tensor that is missing, surplus, of another shape or dtype, or not finite. Memory: one block.
+    `expected` are the tensors that this site trained (protos.adapters.update_tensors); None for version 0. They are
+    written in this encoding. UpdateRejected names the first tensor that is missing, surplus, of another shape or dtype,
+    or not finite. Memory: one block.
     """
-    layout = read_layout(path)
-    if not layout.tensors:
-        raise UpdateRejected("The update has no tensors.")
-    if expected is not None:
-        tensors.check_same_tensors(layout, expected)
-    with path.open("rb", buffering=0) as file:
-        file.seek(layout.data_start)
-        for tensor in layout.tensors:
-            dtype = DTYPES[tensor.dtype]
-            for start in range(0, tensor.elements, BLOCK_ELEMENTS):
-                count = min(BLOCK_ELEMENTS, tensor.elements - start)
-                values = np.frombuffer(file.read(count * dtype.itemsize), dtype=dtype)
-                if not _all_finite(values):
+    with TensorFile(path, encoded=encoding != "raw") as file:
+        layout = file.layout
+        if not layout.tensors:
+            raise UpdateRejected("The update has no tensors.")
+        if expected is not None:
+            tensors.check_same_tensors(layout, encoded_header(expected, encoding=encoding, block=block)[1])
+        # Both are in the same order.
+        for tensor, (_, _, shape) in zip(layout.tensors, sorted(expected or []) or layout.named, strict=True):
+            part: Callable[[int, int], np.ndarray]
+            if encoding == "raw":
+                part, is_good = _raw(file, tensor), _all_finite
+            else:
+                part, is_good = decoded(file, tensor, encoding=encoding, block=block), is_sane
+            elements = math.prod(shape)
+            for start in range(0, elements, BLOCK_ELEMENTS):
+                if not is_good(part(start, min(BLOCK_ELEMENTS, elements - start))):
                     raise UpdateRejected(
                         f"Tensor {tensor.name!r} has values that are not finite (NaN or infinite).",
                         hint="The training diverged: a lower learning rate or gradient clipping may help.",
                     )
     return layout
+
+
+def _raw(file: TensorFile, tensor: tensors.TensorSpec) -> Callable[[int, int], np.ndarray]:
+    dtype = DTYPES[tensor.dtype]
+
+    def read(start: int, count: int) -> np.ndarray:
+        return np.frombuffer(file.read(tensor.name, start * dtype.itemsize, count * dtype.itemsize), dtype=dtype)
+
+    return read
 
 
 def _all_finite(values: np.ndarray) -> bool:

@@ -1,29 +1,38 @@
-"""The weighted mean of tensor files, block by block in site order, in constant memory.
+"""The next version from the updates of a round, in constant memory: the weighted mean, or what a LoRA rule makes.
 
 For each tensor in canonical order and each block of BLOCK_ELEMENTS: read the block from every update, add weight times
 value in float64, apply the server optimizer, write. All updates are read through one buffer, so neither the number of
 sites nor the size of the model is in the memory, and the sum is the same bit for bit on every run and for every order
 of arrival. BLAKE3 of each input is taken from the bytes that are summed, not from an earlier reading.
+
+Only a layer's LoRA pair is taken whole (see layers.py): what it stands for is a product.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
+from coordinator.aggregation.layers import Layers
+from coordinator.aggregation.lora_rules import Matrix
+from coordinator.aggregation.reading import EncodedReader, Reader
 from coordinator.aggregation.server_optimizer import OptimizerState, apply
 from protos import tensors
+from protos.adapters import split_name, update_tensors
 from protos.digests import new_hasher
-from protos.errors import CorruptData, SilotuneError
-from protos.jobspec import NoServerOptimizer, ServerOptimizer
+from protos.encoded_files import TensorFile
+from protos.encodings import Named
+from protos.errors import CorruptData, Internal, SilotuneError
+from protos.jobspec import JobSpec, Lora, NoServerOptimizer, ServerOptimizer
 
 # 512 KiB of float64: two such buffers and one block of input stay in the second-level cache.
 BLOCK_ELEMENTS = 1 << 16
@@ -49,15 +58,19 @@ class Input:
     path: Path
     digest: str
     weight: float
+    # How it is written: see protos/encodings.py.
+    encoding: str = "raw"
+    block: int = 0
 
 
 @dataclass(frozen=True)
 class Combined:
-    """What came out: `digest` and `size` of the new version, and where the seconds went."""
+    """What came out: `digest` and `size` of the new version, figures about it, and where the seconds went."""
 
     digest: str
     size: int
     optimizer_digest: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -69,44 +82,44 @@ def read_header(path: Path) -> tuple[bytes, tensors.Layout]:
     return header, tensors.parse_header(header, file_bytes=path.stat().st_size)
 
 
-class _Reader:
-    """Reads a tensor file once from beginning to end, hashing what it reads."""
+class _Output:
+    """The new version's file, hashed as it is written. Its header is known, or follows from what was written."""
 
-    def __init__(self, path: Path, buffer: bytearray) -> None:
-        """`buffer` is shared by all readers: it holds what was read last by any of them."""
-        self._file: BinaryIO = path.open("rb", buffering=0)
+    def __init__(self, path: Path, *, header: bytes | None) -> None:
+        self._path, self._header = path, header
+        self._file = path.open("wb")
         self._hasher = new_hasher()
-        first = self._file.read(8)
-        self._hasher.update(first)
-        self._hasher.update(self._file.read(tensors.header_length(first) - 8))
-        self._buffer = buffer
+        self._named: list[Named] = []
+        self.write(header or b"")
 
-    def values(self, count: int, dtype: np.dtype) -> NDArray:
-        """The next `count` values; valid until the next call to any reader."""
-        view = memoryview(self._buffer)[: count * dtype.itemsize]
-        filled = 0
-        while filled < len(view):
-            got = self._file.readinto(view[filled:])  # type: ignore[attr-defined]
-            if not got:
-                break
-            filled += got
-        self._hasher.update(view[:filled])
-        view[filled:] = b"\0" * (len(view) - filled)
-        return np.frombuffer(view, dtype=dtype)
+    def write(self, block: bytes) -> None:
+        self._file.write(block)
+        self._hasher.update(block)
 
-    def close(self) -> str:
-        """The digest of the whole file."""
-        while got := self._file.readinto(self._buffer):  # type: ignore[attr-defined]
-            self._hasher.update(memoryview(self._buffer)[:got])
+    def begin(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        """What is written next is this tensor."""
+        self._named.append((name, dtype, shape))
+
+    def finish(self) -> str:
+        """The digest of what is on disk when this returns."""
+        if self._header is None:
+            self._put_header_before()
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
         return self._hasher.hexdigest()
 
-
-def _open(part: Input, buffer: bytearray) -> _Reader:
-    try:
-        return _Reader(part.path, buffer)
-    except (OSError, SilotuneError) as error:
-        raise CorruptUpdate(part.site) from error
+    def _put_header_before(self) -> None:
+        if self._named != sorted(self._named):
+            raise Internal("The tensors of a version came in another order than the canonical one.")
+        self._file.close()
+        data = self._path.rename(self._path.with_suffix(".data"))
+        self._file, self._hasher = self._path.open("wb"), new_hasher()
+        self.write(tensors.make_header(self._named)[0])
+        with data.open("rb") as source:
+            while piece := source.read(1 << 20):
+                self.write(piece)
+        data.unlink()
 
 
 def combine(
@@ -119,64 +132,161 @@ def combine(
     state: Path | None = None,
     state_digest: str = "",
     state_output: Path | None = None,
+    spec: JobSpec | None = None,
+    round_number: int = 0,
 ) -> Combined:
     """Writes sum(weight_k x_k), through the server optimizer where there is one, to `output`; fsyncs it.
 
     `inputs` are in site order and their weights sum to 1. `previous` is the version that they started from and `state`
-    the server optimizer's after it (None: zero); both are needed only with an optimizer. CorruptUpdate: an input does
-    not match its digest; CorruptData: `previous` or `state` does not. Nothing may be used of the output then.
+    the server optimizer's after it (None: zero). `previous` is needed with an optimizer, with encoded inputs and for
+    LoRA; the last two need the `spec` too, whose rule combines the pairs. CorruptUpdate: an input does not match its
+    digest; CorruptData: `previous` or `state` does not. Nothing may be used of the output then.
     """
     optimizer = optimizer or NoServerOptimizer(type="none")
     began = time.perf_counter()
     buffer = bytearray(BLOCK_ELEMENTS * 8)
-    readers = [_open(part, buffer) for part in inputs]
-    try:
-        header, layout = read_header(inputs[0].path)
-    except SilotuneError as error:
-        # It was admitted with a good header, so it is the disk's.
-        raise CorruptUpdate(inputs[0].site) from error
-    identity = isinstance(optimizer, NoServerOptimizer)
-    before = None if identity or previous is None else _Reader(previous, buffer)
-    memory = (
-        None
-        if identity or state_output is None
-        else OptimizerState.begin(optimizer, layout, state, state_output, digest=state_digest)
-    )
-    hasher = new_hasher()
-    total, term = np.empty(BLOCK_ELEMENTS), np.empty(BLOCK_ELEMENTS)
-    with output.open("wb") as out:
-        out.write(header)
-        hasher.update(header)
-        for tensor in layout.tensors:
-            dtype = DTYPES[tensor.dtype]
-            for start in range(0, tensor.elements, BLOCK_ELEMENTS):
-                count = min(BLOCK_ELEMENTS, tensor.elements - start)
-                mean, scaled = total[:count], term[:count]
-                for place, (reader, part) in enumerate(zip(readers, inputs, strict=True)):
-                    values = reader.values(count, dtype)
-                    np.multiply(values, part.weight, out=scaled if place else mean, dtype=np.float64)
-                    if place:
-                        np.add(mean, scaled, out=mean)
-                if before is not None and memory is not None:
-                    old = before.values(count, dtype).astype(np.float64)
-                    mean = apply(optimizer, old=old, mean=mean, state=memory.block(tensor, start, count))
-                    memory.save()
-                block = mean.astype(dtype).tobytes()
-                out.write(block)
-                hasher.update(block)
+    weights = [part.weight for part in inputs]
+    with ExitStack() as stack:
+        base = None if previous is None else stack.enter_context(_open_previous(previous))
+        held = [_held(part.site, base, spec=spec, round_number=round_number) for part in inputs]
+        readers = [_open(part, buffer, base=base, held=names) for part, names in zip(inputs, held, strict=True)]
+        header, layout = _header(inputs[0].path, site=inputs[0].site) if base is None else (None, base.layout)
+        header = header or tensors.make_header(layout.named)[0]
+        before = None if previous is None else Reader(previous, buffer)
+        memory = None
+        if not isinstance(optimizer, NoServerOptimizer) and state_output is not None:
+            # A fold is no variable of the optimizer, and of another size each time.
+            kept = tuple(tensor for tensor in layout.tensors if not split_name(tensor.name)[1].startswith("fold"))
+            variables = tensors.Layout(kept, layout.data_start)
+            memory = OptimizerState.begin(optimizer, variables, state, state_output, digest=state_digest)
+        layers = Layers(spec, round_number, weights) if spec and before and isinstance(spec.method, Lora) else None
+        out = _Output(output, header=None if layers and layers.grows else header)
+        total, term = np.empty(BLOCK_ELEMENTS), np.empty(BLOCK_ELEMENTS)
+        for (layer, is_pair), group in groupby(layout.tensors, key=_unit):
+            if layers and before and is_pair:
+                _combine_layer(
+                    layer, list(group), layers=layers, before=before, readers=readers, held=held,
+                    optimizer=optimizer, memory=memory, out=out,
+                )  # fmt: skip
+                continue
+            for tensor in group:
+                dtype = DTYPES[tensor.dtype]
+                out.begin(tensor.name, tensor.dtype, tensor.shape)
+                for start in range(0, tensor.elements, BLOCK_ELEMENTS):
+                    count = min(BLOCK_ELEMENTS, tensor.elements - start)
+                    mean, scaled = total[:count], term[:count]
+                    for place, (reader, weight) in enumerate(zip(readers, weights, strict=True)):
+                        values = reader.values(count, dtype)
+                        np.multiply(values, weight, out=scaled if place else mean, dtype=np.float64)
+                        if place:
+                            np.add(mean, scaled, out=mean)
+                    # Also where it is not needed: its digest is taken from all of it.
+                    old = None if before is None else before.values(count, dtype)
+                    if old is not None and memory is not None:
+                        state_block = memory.block(tensor, start, count)
+                        mean = apply(optimizer, old=old.astype(np.float64), mean=mean, state=state_block)
+                        memory.save()
+                    out.write(mean.astype(dtype).tobytes())
         combined = time.perf_counter()
-        out.flush()
-        os.fsync(out.fileno())
-    for reader, part in zip(readers, inputs, strict=True):
-        if reader.close() != part.digest:
-            raise CorruptUpdate(part.site)
-    if before is not None and before.close() != previous_digest:
-        raise CorruptData("The version that the round started from no longer matches its digest.")
-    optimizer_digest = memory.finish() if memory is not None else ""
+        digest = out.finish()
+        for reader, part in zip(readers, inputs, strict=True):
+            if reader.close() != part.digest:
+                raise CorruptUpdate(part.site)
+        if before is not None and before.close() != previous_digest:
+            raise _damaged_previous()
+        optimizer_digest = memory.finish() if memory is not None else ""
     ended = time.perf_counter()
     return Combined(
-        digest=hasher.hexdigest(),
+        digest=digest,
         size=output.stat().st_size,
         optimizer_digest=optimizer_digest,
+        metrics=layers.metrics if layers else {},
         seconds={"combine": combined - began, "sync": ended - combined},
     )
+
+
+def _combine_layer(
+    layer: str,
+    group: Sequence[tensors.TensorSpec],
+    *,
+    layers: Layers,
+    before: Reader,
+    readers: Sequence[Reader],
+    held: Sequence[Mapping[str, tuple[int, ...]]],
+    optimizer: ServerOptimizer,
+    memory: OptimizerState | None,
+    out: _Output,
+) -> None:
+    """The tensors of one adapter, whole: they are all in `group`, for their names follow one another."""
+
+    def read(reader: Reader, shape: tuple[int, ...], dtype: str) -> Matrix:
+        return reader.values(math.prod(shape), DTYPES[dtype]).astype(np.float64).reshape(shape)
+
+    factors = {split_name(tensor.name)[1]: tensor for tensor in group}
+    old = {factor: read(before, tensor.shape, tensor.dtype) for factor, tensor in factors.items()}
+    sites = [
+        {
+            factor: read(reader, shapes[tensor.name], tensor.dtype)
+            for factor, tensor in factors.items()
+            if tensor.name in shapes
+        }
+        for reader, shapes in zip(readers, held, strict=True)
+    ]
+    new = layers.combine(layer, sites=sites, old=old)
+    for factor, tensor in factors.items():
+        if memory is None or factor.startswith("fold"):
+            continue
+        state = memory.block(tensor, 0, tensor.elements)
+        if factor in layers.trained:
+            values = apply(optimizer, old=old[factor].ravel(), mean=new[factor].ravel(), state=state)
+            new[factor] = values.reshape(tensor.shape)
+        memory.save()
+    dtype = group[0].dtype
+    for factor, matrix in sorted(new.items()):
+        out.begin(f"{layer}.{factor}.weight", dtype, matrix.shape)
+        out.write(matrix.astype(DTYPES[dtype]).tobytes())
+
+
+def _unit(tensor: tensors.TensorSpec) -> tuple[str, bool]:
+    """What is combined together: (layer, True) for the tensors of one adapter, else (name, False)."""
+    layer, factor = split_name(tensor.name)
+    return layer, bool(factor)
+
+
+def _held(
+    site: str, base: TensorFile | None, *, spec: JobSpec | None, round_number: int
+) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    """The tensors of a site's update and their shapes, in canonical order; empty where nobody has to know."""
+    if base is None or spec is None:
+        return {}
+    found = update_tensors(spec, base.layout, round_number=round_number, site=site)
+    return {name: shape for name, _, shape in found}
+
+
+def _open(part: Input, buffer: bytearray, *, base: TensorFile | None, held: Mapping[str, tuple[int, ...]]) -> Reader:
+    try:
+        if part.encoding == "raw" or base is None:
+            return Reader(part.path, buffer)
+        named = [(name, "F32", shape) for name, shape in held.items()]
+        return EncodedReader(part.path, buffer, held=named, base=base, encoding=part.encoding, block=part.block)
+    except (OSError, SilotuneError) as error:
+        raise CorruptUpdate(part.site) from error
+
+
+def _header(path: Path, *, site: str) -> tuple[bytes, tensors.Layout]:
+    try:
+        return read_header(path)
+    except SilotuneError as error:
+        # It was admitted with a good header, so it is the disk's.
+        raise CorruptUpdate(site) from error
+
+
+def _open_previous(path: Path) -> TensorFile:
+    try:
+        return TensorFile(path)
+    except SilotuneError as error:
+        raise _damaged_previous() from error
+
+
+def _damaged_previous() -> CorruptData:
+    return CorruptData("The version that the round started from no longer matches its digest.")

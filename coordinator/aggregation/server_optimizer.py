@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.aggregation.reading import digest_of_file
 from protos import tensors
-from protos.digests import new_hasher
 from protos.errors import CorruptData, Internal
 from protos.jobspec import FedAdam, FedAvgM, FedYogi, ServerOptimizer
 
@@ -79,7 +79,7 @@ class OptimizerState:
         optimizer: ServerOptimizer, layout: tensors.Layout, source: Path | None, target: Path, *, digest: str
     ) -> OptimizerState:
         """CorruptData when `source` does not match `digest`."""
-        if source is not None and _digest(source) != digest:
+        if source is not None and digest_of_file(source) != digest:
             raise CorruptData("The stored state of the server optimizer no longer matches its digest.")
         return OptimizerState(slots(optimizer), layout, source, target)
 
@@ -108,13 +108,4 @@ class OptimizerState:
         os.close(self._target)
         if self._source is not None:
             os.close(self._source)
-        return _digest(self._path)
-
-
-def _digest(path: Path) -> str:
-    """Read in pieces: a mapped file would count its whole size as memory."""
-    hasher = new_hasher()
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(1 << 20):
-            hasher.update(piece)
-    return hasher.hexdigest()
+        return digest_of_file(self._path)

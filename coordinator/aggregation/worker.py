@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,25 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from coordinator.aggregation.combine import CorruptUpdate, Input, combine
+from coordinator.aggregation.downlink import round_version
+from protos import jobspec
 from protos.jobspec import ServerOptimizer
 
 
 def carry_out(command: dict[str, Any]) -> dict[str, Any]:
-    """{"digest", "size", "optimizer_digest", "seconds"}, or {"corrupt_site"} when an input is damaged."""
+    """{"digest", "size", "optimizer_digest", "metrics", "seconds"}, or {"corrupt_site"} when an input is damaged.
+
+    An order with "down" (aggregation/downlink.py) makes a version that is rounded for the way down.
+    """
 
     def path(name: str) -> Path | None:
         return Path(command[name]) if command.get(name) else None
 
+    spec = jobspec.parse(command["spec"]) if "spec" in command else None
+    encoding = spec.encoding if spec else jobspec.Encoding()
     inputs = [
-        Input(part["site"], Path(part["path"]), part["digest"], part["weight"]) for part in command["contributions"]
+        Input(part["site"], Path(part["path"]), part["digest"], part["weight"], encoding.up, encoding.block)
+        for part in command["contributions"]
     ]
     optimizer: ServerOptimizer = TypeAdapter(ServerOptimizer).validate_python(command["optimizer"])
     try:
@@ -40,10 +49,17 @@ def carry_out(command: dict[str, Any]) -> dict[str, Any]:
             state=path("state"),
             state_digest=command.get("state_digest", ""),
             state_output=path("state_output"),
+            spec=spec,
+            round_number=command.get("round", 0),
         )
     except CorruptUpdate as error:
         return {"corrupt_site": error.site}
-    return asdict(combined)
+    answer = asdict(combined)
+    if "down" in command:
+        began = time.perf_counter()
+        answer |= round_version(Path(command["output"]), **command["down"])
+        answer["seconds"]["encode"] = time.perf_counter() - began
+    return answer
 
 
 def main() -> None:

@@ -20,18 +20,20 @@ from google.protobuf.json_format import MessageToDict
 from coordinator.ca import CertificateAuthority, utc_now
 from coordinator.observe import Metrics
 from coordinator.rounds.state import Fate, Task, TaskState
-from coordinator.services import results
+from coordinator.services import results, views
 from coordinator.services.doorbell import Doorbell
 from coordinator.services.wire import Caller
 from coordinator.storage.blobs import BlobStore
+from coordinator.storage.grants import Grant
 from coordinator.storage.store import Store
-from coordinator.storage.work import Grant, Result
+from coordinator.storage.work import Result
 from protos import jobspec
 from protos.digests import DIGEST, digest_of
+from protos.encodings import block_of
 from protos.errors import InvalidInput, LeaseFenced
 from protos.metrics import METRICS, check_numbers
 from protos.v1 import agent_pb2 as pb
-from protos.v1.manifest_pb2 import BlobRef
+from protos.v1.manifest_pb2 import FORM_DELTA, BlobRef, Manifest
 from protos.versions import check_versions
 
 READERS = 2
@@ -41,6 +43,7 @@ LOOK_SECONDS = 1.0
 SEEN_EVERY_SECONDS = 10.0
 MAX_AGENT_INFO_BYTES = 64 << 10
 MAX_REASON_CHARACTERS = 500
+MAX_KEPT_JOBS = 1000
 
 _log = structlog.get_logger("agents")
 
@@ -83,21 +86,31 @@ class AgentService:
         await self._see(site, agent=request.agent)
         until = time.monotonic() + min(max(0.0, request.wait_seconds), MAX_WAIT_SECONDS)
         holding = tuple(request.holding[:100])
+        ended = await asyncio.to_thread(self._store.work.ended, request.keeps[:MAX_KEPT_JOBS])
         lease = partial(self._store.work.lease, site, lease_seconds=self._lease_seconds, holding=holding)
         while True:
             grant = None if self._doorbell.closed else await asyncio.to_thread(lease)
             if grant is not None:
                 self._wake_controller()
-                return pb.LeaseTaskResponse(task=self._task(grant))
+                return pb.LeaseTaskResponse(task=self._task(grant), ended=ended)
             left = until - time.monotonic()
             if self._doorbell.closed or left <= 0:
                 why = "The coordinator is restarting." if self._doorbell.closed else "No job needs this site now."
-                return pb.LeaseTaskResponse(sentence=why)
+                return pb.LeaseTaskResponse(sentence=why, ended=ended)
             await self._doorbell.wait(seconds=min(left, LOOK_SECONDS))
 
     def _task(self, grant: Grant) -> pb.Task:
         task, spec = grant.task, jobspec.from_json(grant.spec_json)
         model = BlobRef(digest=grant.model_digest, size=grant.model_size) if grant.model_digest else None
+        encoded = None
+        if grant.encoded_digest:
+            down, block = spec.encoding.down, spec.encoding.block
+            encoded = Manifest(
+                blob=BlobRef(digest=grant.encoded_digest, size=grant.encoded_size),
+                encoding=f"ENCODING_{down.upper()}",
+                form=FORM_DELTA,
+                block=block_of(down, block),
+            )
         return pb.Task(
             id=task.id,
             job_id=task.job_id,
@@ -112,6 +125,10 @@ class AgentService:
             split=task.split,
             generation=task.generation,
             lease_seconds=self._lease_seconds,
+            counted_round=grant.counted_round,
+            encoded=encoded,
+            initial=grant.initial_digest,
+            base_files=views.file_refs(grant.base_files),
         )
 
     async def heartbeat(self, request: pb.HeartbeatRequest, caller: Caller) -> pb.HeartbeatResponse:

@@ -1,7 +1,7 @@
 """What a recipe will cost, and what may stand in its way, said before it is submitted.
 
 It rests on what the agents reported of themselves, so it warns and never refuses: a site may be invited, or fetch a
-model, after the job began.
+model, after the job began. The arithmetic is that of `silotune job plan` (coordinator/plan.py).
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from coordinator.plan import Plan, plan, sites_of
+from coordinator.services import views
 from coordinator.storage.sites import SiteRow
 from protos.identity import Role
-from protos.jobspec import Full, JobSpec, Synthetic
-
-VALUE_BYTES = 4
-# Weights of one transformer layer, in squares of its hidden size: four attention matrices and a four-fold MLP.
-LAYER_SQUARES = 12
+from protos.jobspec import JobSpec
 
 
 def estimates(spec: JobSpec, *, sites: Sequence[SiteRow]) -> list[str]:
     """Sentences about bytes on the wire and on the coordinator's disk."""
-    cohort, payload = _cohort_size(spec, sites), _payload_bytes(spec, sites)
-    said = [f"{_count(spec.rounds, 'round')} with {_count(cohort, 'site')} each, quorum {spec.cohort.quorum}."]
-    if not payload:
-        return [*said, "How much will travel is not known: no enrolled site has reported the base model yet."]
-    each_way = cohort * payload
-    return [
-        *said,
-        f"About {_size(payload)} to and from each site a round: {_size(each_way)} each way a round, "
-        f"{_size(each_way * spec.rounds)} each way in all.",
-        f"About {_size(_disk_bytes(spec, cohort=cohort, payload=payload))} on the coordinator's disk.",
-    ]
+    book = _plan(spec, sites).ledger
+    rounds, cohort = _count(spec.rounds, "round"), _count(_cohort_size(spec, sites), "site")
+    said = [f"{rounds} with {cohort} each, quorum {spec.cohort.quorum}."]
+    if book is None:
+        return [*said, "How much will travel is not known: no enrolled site has reported the base model's layers yet."]
+    turns = max(1, sum(site.rounds for site in book.sites.values()))
+    said.append(
+        f"About {_size(book.down_bytes / turns)} to and {_size(book.up_bytes / turns)} from each site a round: "
+        f"{_size(book.down_bytes)} down and {_size(book.up_bytes)} up in all."
+    )
+    if book.evaluation_bytes:
+        said.append(f"About {_size(book.evaluation_bytes)} down besides, for evaluations.")
+    return [*said, f"About {_size(_disk_bytes(spec, sites))} on the coordinator's disk."]
 
 
 def warnings(spec: JobSpec, *, sites: Sequence[SiteRow], spare_bytes: int, now_unix_seconds: float) -> list[str]:
@@ -49,7 +49,8 @@ def warnings(spec: JobSpec, *, sites: Sequence[SiteRow], spare_bytes: int, now_u
             continue
         said += _lacks(spec, site)
     said += _house_warnings(spec, sites, now_unix_seconds=now_unix_seconds)
-    needed = _disk_bytes(spec, cohort=_cohort_size(spec, sites), payload=_payload_bytes(spec, sites))
+    said += _plan(spec, sites).refusals
+    needed = _disk_bytes(spec, sites)
     if needed > spare_bytes:
         spare = _size(max(0, spare_bytes))
         said.append(f"The coordinator's disk has {spare} to spare; about {_size(needed)} are needed.")
@@ -66,7 +67,8 @@ def _lacks(spec: JobSpec, site: SiteRow) -> list[str]:
 
 
 def _house_warnings(spec: JobSpec, sites: Sequence[SiteRow], *, now_unix_seconds: float) -> list[str]:
-    if "house" not in spec.evaluation.where and not spec.evaluation.test:
+    wanted = "house" in spec.evaluation.where
+    if not wanted and not spec.evaluation.test:
         return []
     house = [site for site in sites if site.role is Role.HOUSE and site.state == "ENROLLED"]
     if not house:
@@ -77,6 +79,9 @@ def _house_warnings(spec: JobSpec, sites: Sequence[SiteRow], *, now_unix_seconds
             said.append(f"The house agent {site.name} is not connected.")
         else:
             said += _lacks(spec, site)
+            there = {data["name"] for data in _reported(site, "data_sets")}
+            missing = [name for name in spec.evaluation.benchmarks if wanted and name not in there]
+            said += [f"{site.name} has no data set named {name!r}: it is not measured there." for name in missing]
     return said
 
 
@@ -95,28 +100,17 @@ def _cohort_size(spec: JobSpec, sites: Sequence[SiteRow]) -> int:
     return len(spec.cohort.sites) if spec.cohort.sites != "all" else len(_enrolled(spec, sites))
 
 
-def _payload_bytes(spec: JobSpec, sites: Sequence[SiteRow]) -> int:
-    """Size of one global model; 0 when nobody has reported the base model."""
-    if isinstance(spec.task, Synthetic):
-        return int(spec.task.payload_mb * 1e6)
-    reported = [model for site in sites for model in _models(spec, site)]
-    if not reported or spec.base_model is None:
+def _plan(spec: JobSpec, sites: Sequence[SiteRow]) -> Plan:
+    return plan(spec, sites_of(spec, [views.site(row, paused=False, now_unix_seconds=0) for row in sites]))
+
+
+def _disk_bytes(spec: JobSpec, sites: Sequence[SiteRow]) -> int:
+    """Every version is kept, and the updates of one round. 0: not known."""
+    book = _plan(spec, sites).ledger
+    if book is None:
         return 0
-    # protobuf's JSON writes 64-bit numbers as strings.
-    parameters = int(reported[0].get("parameters", 0))
-    hidden, depth = int(reported[0].get("hidden_size", 0)), int(reported[0].get("layers", 0))
-    layers = min(depth, spec.base_model.layers or depth)
-    head = hidden * len(spec.task.labels)
-    if isinstance(spec.method, Full):
-        layer = LAYER_SQUARES * hidden**2
-        rest = 0 if spec.method.freeze_embeddings else parameters - depth * layer
-        return VALUE_BYTES * (rest + layers * layer + head)
-    return VALUE_BYTES * (2 * spec.method.rank * hidden * len(spec.method.targets) * layers + head)
-
-
-def _disk_bytes(spec: JobSpec, *, cohort: int, payload: int) -> int:
-    """Every version is kept, and the updates of one round."""
-    return payload * (spec.rounds + 1 + cohort)
+    versions = (spec.rounds + 1) * (book.first_version_bytes + book.last_version_bytes) // 2
+    return versions + len(book.cohorts[0]) * book.first_version_bytes
 
 
 def _models(spec: JobSpec, site: SiteRow) -> list[dict[str, Any]]:

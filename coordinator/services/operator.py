@@ -15,18 +15,23 @@ from coordinator.rounds.state import Evaluation
 from coordinator.services import views
 from coordinator.services.forecast import estimates, warnings
 from coordinator.services.wire import Caller
+from coordinator.storage.base_models import File
 from coordinator.storage.blobs import BlobStore
 from coordinator.storage.store import Store
 from coordinator.storage.views import JobRecord
 from protos import jobspec
+from protos.digests import check_digest
 from protos.errors import InvalidInput
 from protos.identity import Role, check_name
+from protos.model_files import BASE_MODEL_NAME, check_base_file
 from protos.v1 import operator_pb2 as pb
-from protos.v1.manifest_pb2 import BlobRef, FileRef
+from protos.v1.manifest_pb2 import BlobRef
 
 DEFAULT_ROUNDS, MAX_ROUNDS = 100, 1000
 # Below gRPC's limit of 4 MiB for one message.
 MAX_RESPONSE_BYTES = 3 << 20
+# All of them are in each task that may need them.
+MAX_BASE_FILES = 1000
 DEFAULT_INVITATION_SECONDS, MAX_INVITATION_SECONDS = 3600.0, 7 * 86_400.0
 
 _log = structlog.get_logger("operator")
@@ -136,15 +141,44 @@ class OperatorService:
             job_id=found.id,
             version=model.version,
             model=BlobRef(digest=model.digest, size=model.size),
-            files=[FileRef(name=name, blob=BlobRef(digest=digest, size=size)) for name, digest, size in model.files],
+            files=views.file_refs(model.files),
             base_digest=found.base_digest,
-            evaluations=[views.evaluation(e) for e in self._evaluations_of(found, version=model.version)],
+            evaluations=[
+                views.evaluation(each)
+                for version in sorted({model.version, _last_measured(found)})
+                for each in self._evaluations_of(found, version=version)
+            ],
             contributors=[views.update(update) for update in updates if update.site in contributors],
             spec_json=found.spec.canonical_json,
         )
 
     def _evaluations_of(self, found: JobRecord, *, version: int) -> list[Evaluation]:
         return self._store.views.evaluations(found.id, version=version)
+
+    # --- base models
+
+    async def add_base_model(self, request: pb.AddBaseModelRequest, caller: Caller) -> pb.AddBaseModelResponse:
+        if not BASE_MODEL_NAME.fullmatch(request.name):
+            raise InvalidInput(f"{request.name[:80]!r} is not a model name.", hint="For example org/model-name.")
+        if len(request.files) > MAX_BASE_FILES:
+            raise InvalidInput(f"A base model of {len(request.files)} files; {MAX_BASE_FILES} at most.")
+        files = tuple(
+            (check_base_file(file.name), check_digest(file.blob.digest), file.blob.size) for file in request.files
+        )
+        response = await asyncio.to_thread(self._add_base_model, request.name, files)
+        _log.info("a base model was added", model=request.name, missing=len(response.missing))
+        return response
+
+    def _add_base_model(self, name: str, files: tuple[File, ...]) -> pb.AddBaseModelResponse:
+        # Announced before it is looked for: from then on nobody deletes its blobs.
+        self._store.base_models.announce(name, files, complete=False)
+        missing = [file for file in files if self._blobs.size(file[1]) != file[2]]
+        digest = self._store.base_models.announce(name, files, complete=not missing)
+        return pb.AddBaseModelResponse(digest=digest, missing=views.file_refs(missing))
+
+    async def list_base_models(self, _request: pb.ListBaseModelsRequest, _caller: Caller) -> pb.ListBaseModelsResponse:
+        rows = await asyncio.to_thread(self._store.base_models.all)
+        return pb.ListBaseModelsResponse(models=[views.base_model(row) for row in rows])
 
     # --- sites
 
@@ -176,3 +210,9 @@ class OperatorService:
         _log.warning("a site was revoked", site=request.name, operator=caller.identity.name)
         self._wake_controller()
         return pb.RevokeSiteResponse()
+
+
+def _last_measured(found: JobRecord) -> int:
+    """The newest version that is measured: an export says how much worse than its own it is."""
+    head, every = found.head_version or 0, found.spec.evaluation.every
+    return head if found.spec.is_evaluated(head) else head - head % every

@@ -14,12 +14,14 @@ from coordinator.storage.blobs import BlobStore
 from coordinator.storage.garbage import drop_damaged
 from coordinator.storage.store import Store
 from coordinator.storage.work import Result
+from protos.adapters import update_tensors
 from protos.digests import check_digest
+from protos.encodings import block_of
 from protos.errors import Conflict, CorruptData, InvalidInput, UpdateRejected
-from protos.jobspec import BaseModelRef
+from protos.jobspec import BaseModelRef, JobSpec
 from protos.metrics import METRICS, STAGE_SECONDS, check_numbers
 from protos.model_files import check_file_name
-from protos.tensors import header_length, parse_header
+from protos.tensors import Layout, header_length, parse_header
 from protos.v1 import agent_pb2, manifest_pb2
 
 MAX_FILES = 64
@@ -89,11 +91,9 @@ def _check_kind(succeeded: agent_pb2.Succeeded, result: Result, *, task: Task, s
     manifest = succeeded.manifest
     if not result.digest:
         raise InvalidInput("The result has no manifest.")
-    if manifest.encoding != manifest_pb2.ENCODING_RAW or manifest.form != manifest_pb2.FORM_VALUES:
-        raise UpdateRejected(
-            "The update is encoded in a way that this coordinator does not know.", hint="Update the coordinator first."
-        )
     spec = store.views.job(task.job_id).spec
+    up = "raw" if task.kind is TaskKind.INIT else spec.encoding.up
+    _check_encoding(manifest, encoding=up, block=block_of(up, spec.encoding.block))
     if task.kind is TaskKind.INIT:
         _check_base_model(result, wanted=spec.base_model)
         return
@@ -107,6 +107,28 @@ def _check_kind(succeeded: agent_pb2.Succeeded, result: Result, *, task: Task, s
         raise UpdateRejected("The update was trained for no step, so it has no weight.")
     if spec.data is not None:
         _check_examples(result, site=task.site, data_set=spec.data.name, store=store)
+
+
+def _check_encoding(manifest: manifest_pb2.Manifest, *, encoding: str, block: int) -> None:
+    """Only what the recipe says is taken."""
+    names, forms = manifest_pb2.Encoding, manifest_pb2.Form
+    if manifest.encoding not in names.values() or manifest.form not in forms.values():
+        raise UpdateRejected(
+            "The update is encoded in a way that this coordinator does not know.", hint="Update the coordinator first."
+        )
+    form = "values" if encoding == "raw" else "delta"
+    told = names.Name(manifest.encoding).removeprefix("ENCODING_").lower()
+    told_form = forms.Name(manifest.form).removeprefix("FORM_").lower()
+    if (told, told_form, manifest.block) != (encoding, form, block):
+        raise UpdateRejected(
+            f"The update holds {_way(told, told_form, manifest.block)}; "
+            f"this job's updates hold {_way(encoding, form, block)}.",
+            hint="An agent that is older than this coordinator has to be updated.",
+        )
+
+
+def _way(encoding: str, form: str, block: int) -> str:
+    return f"{encoding} {form}" + (f" in blocks of {block}" if block else "")
 
 
 def _check_base_model(result: Result, *, wanted: BaseModelRef | None) -> None:
@@ -139,11 +161,17 @@ def _check_tensors(path: Path, task: Task, *, store: Store, blobs: BlobStore) ->
         check_update(path, expected=None)
         return
     version = store.views.model(task.job_id, version=task.version)
+    spec = store.views.job(task.job_id).spec
     try:
         first = blobs.read(version.digest, offset=0, length=8)
         header = first + blobs.read(version.digest, offset=8, length=header_length(first) - 8)
-        check_update(path, expected=parse_header(header, file_bytes=version.size))
+        _check_update(path, task, spec=spec, version=parse_header(header, file_bytes=version.size))
     except UpdateRejected:
         # Finished training is not thrown away for bytes that nobody compared with the version's digest.
         with blobs.local(version.digest) as whole:
-            check_update(path, expected=read_layout(whole))
+            _check_update(path, task, spec=spec, version=read_layout(whole))
+
+
+def _check_update(path: Path, task: Task, *, spec: JobSpec, version: Layout) -> None:
+    expected = update_tensors(spec, version, round_number=task.round, site=task.site)
+    check_update(path, expected=expected, encoding=spec.encoding.up, block=spec.encoding.block)

@@ -29,6 +29,7 @@ from protos import frames
 from protos.digests import check_digest
 from protos.errors import InvalidInput, NotFound, Unavailable
 from protos.frames import FRAME_BYTES
+from protos.identity import Role
 from protos.v1 import transfer_pb2 as pb
 
 Answer = TypeVar("Answer")
@@ -170,6 +171,11 @@ class TransferService:
             await appender.finish()
 
     async def _check_lease(self, target: pb.UploadTarget, caller: Caller) -> None:
+        if caller.identity.role is Role.OPERATOR:
+            expects = partial(self._store.base_models.expects, target.blob.digest, size=target.blob.size)
+            if not await asyncio.to_thread(expects):
+                raise InvalidInput("This blob is no file of a base model that was announced.")
+            return
         task = await asyncio.to_thread(
             self._store.work.live, target.task_id, site=caller.identity.name, generation=target.generation
         )

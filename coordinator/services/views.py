@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from google.protobuf.json_format import ParseDict
 
 from coordinator.rounds.state import Evaluation, Task
+from coordinator.storage.base_models import BaseModelRow
 from coordinator.storage.sites import SiteRow
 from coordinator.storage.views import EventRecord, JobRecord, RoundRecord, UpdateRecord
 from protos.identity import Role
 from protos.v1 import agent_pb2
 from protos.v1 import operator_pb2 as pb
+from protos.v1.manifest_pb2 import BlobRef, FileRef
 
 
 def job(record: JobRecord) -> pb.JobView:
@@ -39,6 +43,7 @@ def round_(record: RoundRecord) -> pb.RoundView:
         bytes_down=record.bytes_down,
         updates=[update(one) for one in record.updates],
         attempt=record.attempt,
+        metrics=record.metrics,
     )
 
 
@@ -85,6 +90,15 @@ def evaluation(record: Evaluation) -> pb.EvaluationView:
 
 def event(record: EventRecord) -> pb.EventView:
     return pb.EventView(id=record.id, unix_seconds=record.unix_seconds, round=record.round, sentence=record.sentence)
+
+
+def base_model(row: BaseModelRow) -> pb.BaseModelView:
+    return pb.BaseModelView(name=row.name, digest=row.digest, files=file_refs(row.files), complete=row.complete)
+
+
+def file_refs(files: Iterable[tuple[str, str, int]]) -> list[FileRef]:
+    """Of (name, digest, size)."""
+    return [FileRef(name=name, blob=BlobRef(digest=digest, size=size)) for name, digest, size in files]
 
 
 def site(row: SiteRow, *, paused: bool, now_unix_seconds: float) -> pb.SiteView:

@@ -181,8 +181,16 @@ def _command(connection: Connection, job: s.Job, number: int | None, effect: s.A
 
 
 def _commit(connection: Connection, job: s.Job, number: int | None, effect: s.Commit, now_unix_seconds: float) -> None:
+    commands = schema.commands
+    # How it is encoded is nothing that a decision depends on, so it goes from row to row.
+    made = connection.execute(
+        select(commands.c.encoded_digest, commands.c.encoded_size, commands.c.residual_digest).where(
+            commands.c.job_id == job.id, commands.c.round == effect.version
+        )
+    ).first()
     connection.execute(
         insert(schema.versions).values(
+            **(made._asdict() if made else {}),
             job_id=job.id,
             version=effect.version,
             digest=effect.digest,
@@ -197,8 +205,8 @@ def _commit(connection: Connection, job: s.Job, number: int | None, effect: s.Co
     values: dict[str, Any] = {"head_version": effect.version}
     if effect.version == 0:
         tasks = schema.tasks
-        made = connection.execute(
+        results = connection.execute(
             select(tasks.c.result).where(tasks.c.job_id == job.id, tasks.c.kind == s.TaskKind.INIT.value)
         ).scalars()
-        values["base_digest"] = next((result.get("base_digest", "") for result in made if result.get("digest")), "")
+        values["base_digest"] = next((result.get("base_digest", "") for result in results if result.get("digest")), "")
     connection.execute(update(schema.jobs).where(schema.jobs.c.id == job.id).values(**values))

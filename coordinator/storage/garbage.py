@@ -23,9 +23,10 @@ from typing import TypeVar
 from sqlalchemy import Connection, and_, or_, select, update
 
 from coordinator.rounds import state as s
-from coordinator.storage import schema
+from coordinator.storage import base_models, schema
 from coordinator.storage.blobs import BlobStore, UnfinishedUpload
 from coordinator.storage.database import Database
+from protos import jobspec
 from protos.errors import CorruptData, NotFound
 
 # A blob without a row may be a moment before its row; one of this age is not.
@@ -70,7 +71,7 @@ class GarbageCollector:
     def _release(self) -> set[str]:
         """Digests of the rows that are dropped because nobody needs them."""
         released: set[str] = set()
-        for release in (_release_uploads, _release_optimizer_states, self._release_versions):
+        for release in (_release_uploads, _release_states, self._release_versions):
             found = {""}
             while found:
                 # Most of the time there is nothing, and then the write lock is not taken.
@@ -90,7 +91,7 @@ class GarbageCollector:
             if write:
                 mine = and_(versions.c.job_id == job_id, versions.c.version.in_(numbers))
                 connection.execute(update(versions).where(mine).values(deleted=True))
-            released |= set(numbers.values())
+            released |= {digest for digests in numbers.values() for digest in digests if digest}
         return released
 
     def _delete(self, digests: Collection[str]) -> int:
@@ -141,10 +142,12 @@ def drop_damaged(database: Database, blobs: BlobStore, digest: str) -> bool:
 def named(connection: Connection, digests: Sequence[str]) -> set[str]:
     """Which of these blobs some row names. Every look-up has an index, however long the history is."""
     versions, files, uploads = schema.versions, schema.files, schema.uploads
-    found = in_progress(connection) & set(digests)
+    found = (in_progress(connection) | base_models.named(connection)) & set(digests)
     for question in (
         select(versions.c.digest).where(versions.c.digest.in_(digests), ~versions.c.deleted),
+        select(versions.c.encoded_digest).where(versions.c.encoded_digest.in_(digests), ~versions.c.deleted),
         select(versions.c.optimizer_digest).where(versions.c.optimizer_digest.in_(digests)),
+        select(versions.c.residual_digest).where(versions.c.residual_digest.in_(digests)),
         select(files.c.digest).where(files.c.digest.in_(digests)),
         select(uploads.c.digest).where(uploads.c.digest.in_(digests)),
     ):
@@ -155,10 +158,12 @@ def named(connection: Connection, digests: Sequence[str]) -> set[str]:
 def all_named(connection: Connection) -> set[str]:
     """Every blob that some row names."""
     versions = schema.versions
-    found = in_progress(connection)
+    found = in_progress(connection) | base_models.named(connection)
     for question in (
         select(versions.c.digest).where(~versions.c.deleted),
+        select(versions.c.encoded_digest).where(versions.c.encoded_digest > "", ~versions.c.deleted),
         select(versions.c.optimizer_digest).where(versions.c.optimizer_digest > ""),
+        select(versions.c.residual_digest).where(versions.c.residual_digest > ""),
         select(schema.files.c.digest),
         select(schema.uploads.c.digest),
     ):
@@ -185,9 +190,9 @@ def in_progress(connection: Connection) -> set[str]:
     for job_id, number in _rounds_in_progress(connection):
         for question in (
             select(updates.c.digest).where(updates.c.job_id == job_id, updates.c.round == number),
-            select(commands.c.digest, commands.c.optimizer_digest).where(
-                commands.c.job_id == job_id, commands.c.round == number
-            ),
+            select(
+                commands.c.digest, commands.c.optimizer_digest, commands.c.encoded_digest, commands.c.residual_digest
+            ).where(commands.c.job_id == job_id, commands.c.round == number),
         ):
             for row in connection.execute(question):
                 found |= set(row)
@@ -231,39 +236,42 @@ def _release_uploads(connection: Connection, *, write: bool) -> set[str]:
     return {row.digest for row in rows}
 
 
-def _release_optimizer_states(connection: Connection, *, write: bool) -> set[str]:
-    """Server optimizer states that no round goes on from: all but the heads' of jobs that may go on."""
+def _release_states(connection: Connection, *, write: bool) -> set[str]:
+    """What no round goes on from: the server optimizer's state and the residual of all versions but the heads of jobs
+    that may go on."""
     versions, jobs = schema.versions, schema.jobs
     rows = connection.execute(
-        select(versions.c.job_id, versions.c.version, versions.c.optimizer_digest)
+        select(versions.c.job_id, versions.c.version, versions.c.optimizer_digest, versions.c.residual_digest)
         .join(jobs, jobs.c.id == versions.c.job_id)
-        .where(versions.c.optimizer_digest > "")
+        .where(or_(versions.c.optimizer_digest > "", versions.c.residual_digest > ""))
         .where(or_(versions.c.version < jobs.c.head_version, jobs.c.state.in_(_FINAL)))
         .limit(BATCH_ROWS)
     ).all()
     if write:
         for row in rows:
             mine = and_(versions.c.job_id == row.job_id, versions.c.version == row.version)
-            connection.execute(update(versions).where(mine).values(optimizer_digest=""))
-    return {row.optimizer_digest for row in rows}
+            connection.execute(update(versions).where(mine).values(optimizer_digest="", residual_digest=""))
+    return {digest for row in rows for digest in (row.optimizer_digest, row.residual_digest) if digest}
 
 
-def _old_versions(connection: Connection, *, keep: int) -> dict[str, dict[int, str]]:
-    """By job: version and digest of those beyond the newest `keep` that are not the best, that nothing begins at, and
-    that are not still to be compared with the best."""
+def _old_versions(connection: Connection, *, keep: int) -> dict[str, dict[int, tuple[str, str]]]:
+    """By job: version and digests of those beyond the newest `keep` that are not the best, that nothing begins at, and
+    that are not still to be compared with the best. Encoded versions are differences from version 0, so it stays."""
     jobs, versions, tasks = schema.jobs, schema.versions, schema.tasks
-    found: dict[str, dict[int, str]] = {}
+    found: dict[str, dict[int, tuple[str, str]]] = {}
     for job in connection.execute(select(jobs).where(jobs.c.head_version >= keep)).all():
         begun = connection.execute(select(tasks.c.version).where(tasks.c.job_id == job.id, schema.OPEN)).scalars()
         kept = {*begun, *([] if job.best_version is None else [job.best_version])}
+        if jobspec.from_json(job.spec).encoding.down != "raw":
+            kept.add(0)
         old = connection.execute(
-            select(versions.c.version, versions.c.digest)
+            select(versions.c.version, versions.c.digest, versions.c.encoded_digest)
             .where(versions.c.job_id == job.id, ~versions.c.deleted, ~versions.c.unjudged)
             .where(versions.c.version <= job.head_version - keep, versions.c.version.not_in(kept))
             .limit(BATCH_ROWS)
         ).all()
         if old:
-            found[job.id] = {row.version: row.digest for row in old}
+            found[job.id] = {row.version: (row.digest, row.encoded_digest) for row in old}
     return found
 
 

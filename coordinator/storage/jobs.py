@@ -142,7 +142,7 @@ class Jobs:
     # --- commands
 
     def previous(self, job_id: str, *, version: int) -> dict[str, Any]:
-        """Digests of a version and of its server optimizer's state."""
+        """The row of a version: its digest, and those of what the next aggregation goes on from."""
         versions = schema.versions
         with self._database.read() as connection:
             row = connection.execute(
@@ -161,6 +161,10 @@ class Jobs:
         optimizer_digest: str,
         seconds: Mapping[str, float],
         sealed_size: Callable[[str], int | None],
+        encoded_digest: str = "",
+        encoded_size: int = 0,
+        residual_digest: str = "",
+        metrics: Mapping[str, float] | None = None,
         driver_generation: int = 0,
     ) -> bool:
         """False when the command is not the current one any more, another replica drives the job, or a blob that it
@@ -174,8 +178,16 @@ class Jobs:
             digest=digest,
             size=size,
             optimizer_digest=optimizer_digest,
+            encoded_digest=encoded_digest,
+            encoded_size=encoded_size,
+            residual_digest=residual_digest,
+            metrics=dict(metrics or {}),
             seconds=dict(seconds),
-            holds=lambda: all(sealed_size(made) is not None for made in (digest, optimizer_digest) if made),
+            holds=lambda: all(
+                sealed_size(made) is not None
+                for made in (digest, optimizer_digest, encoded_digest, residual_digest)
+                if made
+            ),
         )
 
     def fail_command(

@@ -164,6 +164,12 @@ commands = Table(
     Column("digest", String(64), nullable=False, default=""),
     Column("size", BigInteger, nullable=False, default=0),
     Column("optimizer_digest", String(64), nullable=False, default=""),
+    # See versions.
+    Column("encoded_digest", String(64), nullable=False, default="", server_default=""),
+    Column("encoded_size", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("residual_digest", String(64), nullable=False, default="", server_default=""),
+    # What the aggregation measured of itself, once it is done.
+    Column("metrics", JSON),
     Column("error", Text, nullable=False, default=""),
     Column("corrupt_site", String(63), nullable=False, default=""),
     Column("seconds", JSON, nullable=False, default=dict),
@@ -178,6 +184,10 @@ versions = Table(
     Column("size", BigInteger, nullable=False),
     # State of the server optimizer after this version; empty without one.
     Column("optimizer_digest", String(64), nullable=False, default="", index=True),
+    # The same version as a rounded difference from version 0, and what that rounding lost; empty without an encoding.
+    Column("encoded_digest", String(64), nullable=False, default="", server_default="", index=True),
+    Column("encoded_size", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("residual_digest", String(64), nullable=False, default="", server_default="", index=True),
     Column("contributions", JSON, nullable=False),
     Column("committed_unix_seconds", Float, nullable=False),
     # Its bytes were deleted, because the settings keep only so many versions; the record stays.
@@ -230,6 +240,16 @@ uploads = Table(
     Column("size", BigInteger, nullable=False),
     # A result was handed in with it: for another result the owner uploads it again.
     Column("recorded", Boolean, nullable=False, default=False, server_default="0"),
+)
+
+# Base models that sites may fetch for a job of theirs. Complete: all of its blobs have arrived, and they stay.
+base_models = Table(
+    "base_models",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("digest", String(64), nullable=False),
+    Column("files", JSON, nullable=False),  # [[name, digest, size], ...]
+    Column("complete", Boolean, nullable=False),
 )
 
 # What is true of this database as a whole, such as which blob store belongs to it.

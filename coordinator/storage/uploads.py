@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import and_, insert, select, update
 
 from coordinator.rounds.state import TaskKind, TaskState
-from coordinator.storage import schema
+from coordinator.storage import base_models, schema
 from coordinator.storage.database import Database
 from protos.errors import Unavailable
 from protos.identity import Identity, Role
@@ -57,13 +57,21 @@ class Uploads:
                     if row is not None:
                         return Readable(row.size, "")
                 return None
-            row = connection.execute(
-                select(versions.c.size, tasks.c.id)
-                .join(tasks, and_(tasks.c.job_id == versions.c.job_id, tasks.c.version == versions.c.version))
-                .where(versions.c.digest == digest, tasks.c.site == identity.name)
-                .where(tasks.c.state.in_(_LIVE), tasks.c.kind != TaskKind.INIT.value)
-            ).first()
-            return None if row is None else Readable(row.size, row.id)
+            # One question for each, because each has an index.
+            for name, size in (
+                (versions.c.digest, versions.c.size),
+                (versions.c.encoded_digest, versions.c.encoded_size),
+            ):
+                row = connection.execute(
+                    select(size.label("size"), tasks.c.id)
+                    .join(tasks, and_(tasks.c.job_id == versions.c.job_id, tasks.c.version == versions.c.version))
+                    .where(name == digest, tasks.c.site == identity.name)
+                    .where(tasks.c.state.in_(_LIVE), tasks.c.kind != TaskKind.INIT.value)
+                ).first()
+                if row is not None:
+                    return Readable(row.size, row.id)
+            found = base_models.readable(connection, site=identity.name, digest=digest)
+            return None if found is None else Readable(*found)
 
     def size_limit(self, task_id: str) -> int | None:
         """The most bytes that the update of a TRAIN task may have: those of the version that it started from, with a

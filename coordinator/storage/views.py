@@ -57,6 +57,8 @@ class RoundRecord:
     # Payload of the round's tasks, the evaluation of the version that it made included.
     bytes_up: int
     bytes_down: int
+    # What the aggregation measured of itself, such as "aggregation_error".
+    metrics: Mapping[str, float] = field(default_factory=dict)
     updates: tuple[UpdateRecord, ...] = field(default=())
 
 
@@ -136,9 +138,9 @@ class Views:
                 )
             }
             worker = {
-                row.round: row.seconds
+                row.round: row
                 for row in connection.execute(
-                    select(commands.c.round, commands.c.seconds).where(
+                    select(commands.c.round, commands.c.seconds, commands.c.metrics).where(
                         commands.c.job_id == job_id, commands.c.round.between(*numbers)
                     )
                 )
@@ -146,6 +148,7 @@ class Views:
         records = []
         for row in reversed(rows):
             up, down = traffic.get(row.number, (0, 0))
+            made = worker.get(row.number)
             records.append(
                 RoundRecord(
                     number=row.number,
@@ -153,9 +156,10 @@ class Views:
                     phase=s.Phase(row.phase),
                     sentence=row.sentence,
                     cohort=tuple(row.cohort),
-                    seconds=_durations(row, worker.get(row.number, {})),
+                    seconds=_durations(row, made.seconds if made else {}),
                     bytes_up=up,
                     bytes_down=down,
+                    metrics=(made.metrics if made else None) or {},
                     updates=tuple(by_round.get(row.number, ())),
                 )
             )

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, and_, case, insert, or_, select, update
 from coordinator.rounds.state import Fate, JobState, Phase, Task, TaskKind, TaskState
 from coordinator.storage import schema
 from coordinator.storage.database import Database
+from coordinator.storage.grants import Grant, ended_jobs, grant_of
 from protos.errors import AlreadyExists, Conflict, LeaseFenced, NotFound
 
 # A task that failed this often is not offered again: see rounds.machine.MAX_FAILURES.
@@ -27,17 +28,6 @@ _LIVE = (TaskState.LEASED.value, TaskState.RUNNING.value)
 _HELD = (TaskState.QUEUED.value, *_LIVE)
 # What holds up a round goes first.
 _PRIORITY = case({kind.value: place for place, kind in enumerate(TaskKind)}, value=schema.tasks.c.kind)
-
-
-@dataclass(frozen=True)
-class Grant:
-    """A task with everything that its agent must know about the job."""
-
-    task: Task
-    spec_json: str
-    base_digest: str
-    model_digest: str  # empty for INIT
-    model_size: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +85,15 @@ class Work:
                     lease_until=row.service_seconds + lease_seconds,
                 )
             )
-            return _grant(connection, row.id)
+            leased = connection.execute(select(tasks).where(tasks.c.id == row.id)).one()
+            return grant_of(connection, task_of(leased))
+
+    def ended(self, job_ids: Collection[str]) -> list[str]:
+        """Those of these jobs with which nothing goes on any more, or that nobody here knows."""
+        if not job_ids:
+            return []
+        with self._database.read() as connection:
+            return ended_jobs(connection, job_ids)
 
     def heartbeat(
         self, task_id: str, *, site: str, generation: int, progress: Mapping[str, Any], lease_seconds: float
@@ -241,23 +239,6 @@ def task_of(row: Row[Any]) -> Task:
         unit=progress.get("unit", ""),
         metrics=progress.get("metrics", {}),
         reason=row.reason,
-    )
-
-
-def _grant(connection: Connection, task_id: str) -> Grant:
-    tasks, jobs, versions = schema.tasks, schema.jobs, schema.versions
-    row = connection.execute(select(tasks).where(tasks.c.id == task_id)).one()
-    job = connection.execute(select(jobs.c.spec, jobs.c.base_digest).where(jobs.c.id == row.job_id)).one()
-    model = connection.execute(
-        select(versions).where(versions.c.job_id == row.job_id, versions.c.version == row.version)
-    ).first()
-    named = model is not None and row.kind != TaskKind.INIT.value
-    return Grant(
-        task=task_of(row),
-        spec_json=job.spec,
-        base_digest=job.base_digest,
-        model_digest=model.digest if named and model else "",
-        model_size=model.size if named and model else 0,
     )
 
 

@@ -49,14 +49,20 @@ class Row(NamedTuple):
 
 def passage(answer: str, *, focus: str) -> str:
     """The head of an answer without the questions that it opens with, the condition's name masked."""
-    text = " ".join(answer.split())
-    while question := _QUESTION.match(text):
-        text = text[question.end() :]
+    text = without_questions(answer)
     # "Attention deficit disorder (ADD)" is mostly written without what is in brackets.
     for name in dict.fromkeys((focus.strip(), re.sub(r"\s*\([^)]*\)\s*$", "", focus).strip())):
         if name:
             text = re.sub(r"\s+".join(map(re.escape, name.split())), MASK, text, flags=re.IGNORECASE)
     return " ".join(text.split()[:WORDS])
+
+
+def without_questions(answer: str) -> str:
+    """An answer, its white space made plain, without the questions that it opens with."""
+    text = " ".join(answer.split())
+    while question := _QUESTION.match(text):
+        text = text[question.end() :]
+    return text
 
 
 def site_name(institute: str) -> str:
@@ -69,16 +75,16 @@ def make(source: Path, *, out: Path) -> dict[str, int]:
     labels = [label for label, _ in sorted(Counter(row.label for row in train).items(), key=lambda e: (-e[1], e[0]))]
     labels = labels[:LABEL_COUNT]
     by_site: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted((row for row in train if row.label in labels), key=lambda row: _draw(row.id)):
+    for row in sorted((row for row in train if row.label in labels), key=lambda row: draw(row.id)):
         if len(by_site[row.site]) < MOST_ROWS:
             by_site[row.site].append(row)
     files = {f"{SITES}/{site}.parquet": rows for site, rows in sorted(by_site.items())}
     # A stock sentence that stands in some site's rows word for word, or twice among these, would be no test.
     seen = {row.text for rows in by_site.values() for row in rows}
     held_out = [row for row in held_out if row.label in labels and row.text not in seen]
-    held_out = sorted({row.text: row for row in held_out}.values(), key=lambda row: _draw(row.id))
-    files[VALIDATION] = [row for row in held_out if _draw(row.focus.casefold()) < VALIDATION_SHARE]
-    files[TEST] = [row for row in held_out if _draw(row.focus.casefold()) >= VALIDATION_SHARE]
+    held_out = sorted({row.text: row for row in held_out}.values(), key=lambda row: draw(row.id))
+    files[VALIDATION] = [row for row in held_out if draw(row.focus.casefold()) < VALIDATION_SHARE]
+    files[TEST] = [row for row in held_out if draw(row.focus.casefold()) >= VALIDATION_SHARE]
     for name, rows in files.items():
         _write(out / name, rows)
     return {name: len(rows) for name, rows in files.items()}
@@ -105,7 +111,7 @@ def _write(path: Path, rows: Iterable[Row]) -> None:
     pyarrow.parquet.write_table(table, path, compression="zstd", compression_level=19)
 
 
-def _draw(text: str) -> float:
+def draw(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 

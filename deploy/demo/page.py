@@ -1,44 +1,20 @@
-"""demo/report.html: one file with everything in it, readable on a phone, in light and in dark."""
+"""demo/report.html: the page, and what its sentences need."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from deploy import pages
 from deploy.demo.plots import FIGURES
+
+TEMPLATE = Path(__file__).parent / "template.html"
 
 
 def render(report: Mapping[str, Any], *, plots: Path) -> str:
     """The page for a report and the figures that `plots.draw` wrote."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(percent=percent, megabytes=megabytes, minutes=minutes)
-    images = {
-        name: {
-            theme: base64.b64encode((plots / f"{name}{ending}.png").read_bytes()).decode()
-            for theme, ending in (("light", ""), ("dark", "-dark"))
-        }
-        for name in FIGURES
-    }
-    return environment.get_template("template.html").render(report=report, images=images, said=_said(report))
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def megabytes(value: float) -> str:
-    return f"{value / 1e6:,.0f} MB"
-
-
-def minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+    return pages.render(TEMPLATE, plots=plots, figures=FIGURES, report=report, said=_said(report))
 
 
 def _said(report: Mapping[str, Any]) -> dict[str, Any]:

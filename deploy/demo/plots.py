@@ -1,27 +1,17 @@
-"""The report's figures as PNG files, each for a light and for a dark page.
-
-Colours are those of Okabe and Ito (2008, "Color Universal Design"), which people with any kind of colour vision can
-tell apart; what matters is written into the figure as well. Small figures with large type, to be read on a phone.
-"""
+"""The report's figures: what is in each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
-BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A"
-INK = {"light": "#1F2328", "dark": "#E6E6E6"}
-PAPER = {"light": "#FFFFFF", "dark": "#16191D"}
-WIDTH_INCHES = 5.2
-DOTS_PER_INCH = 170
+from deploy import figures
+from deploy.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW, FigureOf
+
 # What a site does in a round, in that order. `first_step` overlaps `load` and `train`.
 SITE_STAGES = {"fetch": SKY, "load": YELLOW, "train": GREEN, "save": PURPLE, "upload": BLUE}
 
@@ -30,16 +20,11 @@ Report = Mapping[str, Any]
 
 def draw(report: Report, *, directory: Path) -> None:
     """Writes NAME.png and NAME-dark.png for each figure."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, figure_of in FIGURES.items():
-        for theme in ("light", "dark"):
-            with _theme(theme):
-                ending = "" if theme == "light" else "-dark"
-                figure_of(report, INK[theme]).savefig(directory / f"{name}{ending}.png")
+    figures.draw(FIGURES, report, directory=directory)
 
 
 def accuracy_by_round(report: Report, ink: str) -> Figure:
-    figure, axes = _figure(height_inches=4.0)
+    figure, axes = figures.figure(height_inches=4.0)
     rounds = report["rounds"]
     numbers = [0, *(entry["number"] for entry in rounds)]
     values = [report["accuracy_before_training"], *(entry["accuracy"] for entry in rounds)]
@@ -67,7 +52,7 @@ def federated_against_alone(report: Report, ink: str) -> Figure:
         "federated": (BLUE, [("federated", report["federated_accuracy"])]),
         "all rows in one place": (ORANGE, [("pooled", report["pooled_accuracy"])]),
     }
-    figure, axes = _figure(height_inches=1.4 + 0.32 * (len(alone) + 2))
+    figure, axes = figures.figure(height_inches=1.4 + 0.32 * (len(alone) + 2))
     for label, (colour, bars) in groups.items():
         names, values = zip(*bars, strict=True)
         drawn = axes.barh(names, values, color=colour, label=label)
@@ -86,7 +71,7 @@ def who_holds_what(report: Report, ink: str) -> Figure:
     sites = list(report["alone_accuracy"])
     holds = report["who_holds_what"]
     shares = [[holds[site][label] / sum(holds[site].values()) for label in labels] for site in sites]
-    figure, axes = _figure(height_inches=1.6 + 0.36 * len(sites))
+    figure, axes = figures.figure(height_inches=1.6 + 0.36 * len(sites))
     # Viridis is readable in any colour vision and in grey.
     image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for row, site in enumerate(sites):
@@ -106,7 +91,7 @@ def who_holds_what(report: Report, ink: str) -> Figure:
 
 
 def time_by_stage(report: Report, ink: str) -> Figure:
-    figure, axes = _figure(height_inches=4.0)
+    figure, axes = figures.figure(height_inches=4.0)
     rounds = report["rounds"]
     numbers = [entry["number"] for entry in rounds]
     total = [sum(entry["site_seconds"].get(stage, 0.0) for stage in SITE_STAGES) for entry in rounds]
@@ -130,7 +115,7 @@ def time_by_stage(report: Report, ink: str) -> Figure:
 
 
 def bytes_by_round(report: Report, ink: str) -> Figure:
-    figure, axes = _figure(height_inches=3.4)
+    figure, axes = figures.figure(height_inches=3.4)
     rounds = report["rounds"]
     width = 0.38
     for offset, key, label, colour in (
@@ -147,31 +132,10 @@ def bytes_by_round(report: Report, ink: str) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Report, str], Figure]] = {
+FIGURES: dict[str, FigureOf] = {
     "accuracy_by_round": accuracy_by_round,
     "federated_against_alone": federated_against_alone,
     "who_holds_what": who_holds_what,
     "time_by_stage": time_by_stage,
     "bytes_by_round": bytes_by_round,
 }
-
-
-def _figure(*, height_inches: float) -> tuple[Figure, Axes]:
-    # Without pyplot: no window, no global list of figures.
-    figure = Figure(figsize=(WIDTH_INCHES, height_inches), dpi=DOTS_PER_INCH, layout="constrained")
-    return figure, figure.add_subplot()
-
-
-@contextmanager
-def _theme(theme: str) -> Iterator[None]:
-    ink, paper = INK[theme], PAPER[theme]
-    settings = {
-        "figure.facecolor": paper, "savefig.facecolor": paper, "axes.facecolor": paper, "legend.facecolor": paper,
-        "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink, "ytick.color": ink,
-        "legend.framealpha": 0.9, "legend.edgecolor": "none",
-        "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "axes.axisbelow": True, "grid.color": ink, "grid.alpha": 0.15,
-        "lines.linewidth": 2.0, "font.size": 11, "legend.fontsize": 10,
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):  # type: ignore[arg-type]
-        yield

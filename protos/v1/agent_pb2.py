@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.v1 import manifest_pb2 as protos_dot_v1_dot_manifest__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/v1/agent.proto\x12\x0bsilotune.v1\x1a\x18protos/v1/manifest.proto\"+\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\"3\n\x0e\x45nrollResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\"&\n\x17RenewCertificateRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"/\n\x18RenewCertificateResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\")\n\x0b\x44\x61taSetInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x04\"\xb9\x01\n\rBaseModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12)\n\x06linear\x18\x07 \x03(\x0b\x32\x19.silotune.v1.LinearLayers\x12\x12\n\nvocabulary\x18\x08 \x01(\r\"V\n\x0cLinearLayers\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cout_features\x18\x02 \x01(\r\x12\x13\n\x0bin_features\x18\x03 \x01(\r\x12\r\n\x05\x63ount\x18\x04 \x01(\r\"\xe1\x01\n\tAgentInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12+\n\tdata_sets\x18\x03 \x03(\x0b\x32\x18.silotune.v1.DataSetInfo\x12/\n\x0b\x62\x61se_models\x18\x04 \x03(\x0b\x32\x1a.silotune.v1.BaseModelInfo\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x17\n\x0f\x66ree_disk_bytes\x18\x06 \x01(\x04\x12\x18\n\x10gpu_memory_bytes\x18\x07 \x01(\x04\x12\x0c\n\x04gpus\x18\x08 \x01(\r\"o\n\x10LeaseTaskRequest\x12%\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x16.silotune.v1.AgentInfo\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x01\x12\x0f\n\x07holding\x18\x03 \x03(\t\x12\r\n\x05keeps\x18\x04 \x03(\t\"U\n\x11LeaseTaskResponse\x12\x1f\n\x04task\x18\x01 \x01(\x0b\x32\x11.silotune.v1.Task\x12\x10\n\x08sentence\x18\x02 \x01(\t\x12\r\n\x05\x65nded\x18\x03 \x03(\t\"\xdf\x02\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12#\n\x04kind\x18\x04 \x01(\x0e\x32\x15.silotune.v1.TaskKind\x12\x11\n\tspec_json\x18\x05 \x01(\t\x12\x11\n\tspec_hash\x18\x06 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\x04\x12#\n\x05model\x18\t \x01(\x0b\x32\x14.silotune.v1.BlobRef\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\r\n\x05split\x18\x0b \x01(\t\x12\x12\n\ngeneration\x18\x0c \x01(\x04\x12\x15\n\rlease_seconds\x18\r \x01(\x01\x12\x15\n\rcounted_round\x18\x0e \x01(\r\x12&\n\x07\x65ncoded\x18\x0f \x01(\x0b\x32\x15.silotune.v1.Manifest\x12\x0f\n\x07initial\x18\x10 \x01(\t\"\xbd\x01\n\x08Progress\x12!\n\x05stage\x18\x01 \x01(\x0e\x32\x12.silotune.v1.Stage\x12\x0c\n\x04\x64one\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\x12\x0c\n\x04unit\x18\x04 \x01(\t\x12\x33\n\x07metrics\x18\x05 \x03(\x0b\x32\".silotune.v1.Progress.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"`\n\x10HeartbeatRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\'\n\x08progress\x18\x03 \x01(\x0b\x32\x15.silotune.v1.Progress\"K\n\x11HeartbeatResponse\x12\x0f\n\x07proceed\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\"\xdb\x02\n\tSucceeded\x12\'\n\x08manifest\x18\x01 \x01(\x0b\x32\x15.silotune.v1.Manifest\x12\x10\n\x08\x65xamples\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x34\n\x07metrics\x18\x04 \x03(\x0b\x32#.silotune.v1.Succeeded.MetricsEntry\x12\x34\n\x07seconds\x18\x05 \x03(\x0b\x32#.silotune.v1.Succeeded.SecondsEntry\x12#\n\x05\x66iles\x18\x06 \x03(\x0b\x32\x14.silotune.v1.FileRef\x12\x13\n\x0b\x62\x61se_digest\x18\x07 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0cSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"&\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0c\n\x04hint\x18\x02 \x01(\t\"\x1a\n\x08\x44\x65\x63lined\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xc2\x01\n\x11\x46inishTaskRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12+\n\tsucceeded\x18\x03 \x01(\x0b\x32\x16.silotune.v1.SucceededH\x00\x12%\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x13.silotune.v1.FailedH\x00\x12)\n\x08\x64\x65\x63lined\x18\x05 \x01(\x0b\x32\x15.silotune.v1.DeclinedH\x00\x42\t\n\x07outcome\"E\n\x12\x46inishTaskResponse\x12\x1f\n\x04\x66\x61te\x18\x01 \x01(\x0e\x32\x11.silotune.v1.Fate\x12\x0e\n\x06reason\x18\x02 \x01(\t*f\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eTASK_KIND_INIT\x10\x01\x12\x13\n\x0fTASK_KIND_TRAIN\x10\x02\x12\x16\n\x12TASK_KIND_EVALUATE\x10\x03*\xc7\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTAGE_APPROVING\x10\x01\x12\x12\n\x0eSTAGE_FETCHING\x10\x02\x12\x11\n\rSTAGE_LOADING\x10\x03\x12\x12\n\x0eSTAGE_TRAINING\x10\x04\x12\x14\n\x10STAGE_EVALUATING\x10\x05\x12\x13\n\x0fSTAGE_UPLOADING\x10\x06\x12\x10\n\x0cSTAGE_PAUSED\x10\x07\x12\x1a\n\x16STAGE_WAITING_FOR_DISK\x10\x08*V\n\x04\x46\x61te\x12\x14\n\x10\x46\x41TE_UNSPECIFIED\x10\x00\x12\x11\n\rFATE_ACCEPTED\x10\x01\x12\x11\n\rFATE_REJECTED\x10\x02\x12\x12\n\x0e\x46\x41TE_DISCARDED\x10\x03\x32V\n\x11\x45nrollmentService\x12\x41\n\x06\x45nroll\x12\x1a.silotune.v1.EnrollRequest\x1a\x1b.silotune.v1.EnrollResponse2\xd6\x02\n\x0c\x41gentService\x12J\n\tLeaseTask\x12\x1d.silotune.v1.LeaseTaskRequest\x1a\x1e.silotune.v1.LeaseTaskResponse\x12J\n\tHeartbeat\x12\x1d.silotune.v1.HeartbeatRequest\x1a\x1e.silotune.v1.HeartbeatResponse\x12M\n\nFinishTask\x12\x1e.silotune.v1.FinishTaskRequest\x1a\x1f.silotune.v1.FinishTaskResponse\x12_\n\x10RenewCertificate\x12$.silotune.v1.RenewCertificateRequest\x1a%.silotune.v1.RenewCertificateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/v1/agent.proto\x12\x0bsilotune.v1\x1a\x18protos/v1/manifest.proto\"+\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\"3\n\x0e\x45nrollResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\"&\n\x17RenewCertificateRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"/\n\x18RenewCertificateResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\")\n\x0b\x44\x61taSetInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x04\"\xb9\x01\n\rBaseModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12)\n\x06linear\x18\x07 \x03(\x0b\x32\x19.silotune.v1.LinearLayers\x12\x12\n\nvocabulary\x18\x08 \x01(\r\"V\n\x0cLinearLayers\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cout_features\x18\x02 \x01(\r\x12\x13\n\x0bin_features\x18\x03 \x01(\r\x12\r\n\x05\x63ount\x18\x04 \x01(\r\"\xe1\x01\n\tAgentInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12+\n\tdata_sets\x18\x03 \x03(\x0b\x32\x18.silotune.v1.DataSetInfo\x12/\n\x0b\x62\x61se_models\x18\x04 \x03(\x0b\x32\x1a.silotune.v1.BaseModelInfo\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x17\n\x0f\x66ree_disk_bytes\x18\x06 \x01(\x04\x12\x18\n\x10gpu_memory_bytes\x18\x07 \x01(\x04\x12\x0c\n\x04gpus\x18\x08 \x01(\r\"o\n\x10LeaseTaskRequest\x12%\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x16.silotune.v1.AgentInfo\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x01\x12\x0f\n\x07holding\x18\x03 \x03(\t\x12\r\n\x05keeps\x18\x04 \x03(\t\"U\n\x11LeaseTaskResponse\x12\x1f\n\x04task\x18\x01 \x01(\x0b\x32\x11.silotune.v1.Task\x12\x10\n\x08sentence\x18\x02 \x01(\t\x12\r\n\x05\x65nded\x18\x03 \x03(\t\"\x89\x03\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12#\n\x04kind\x18\x04 \x01(\x0e\x32\x15.silotune.v1.TaskKind\x12\x11\n\tspec_json\x18\x05 \x01(\t\x12\x11\n\tspec_hash\x18\x06 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\x04\x12#\n\x05model\x18\t \x01(\x0b\x32\x14.silotune.v1.BlobRef\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\r\n\x05split\x18\x0b \x01(\t\x12\x12\n\ngeneration\x18\x0c \x01(\x04\x12\x15\n\rlease_seconds\x18\r \x01(\x01\x12\x15\n\rcounted_round\x18\x0e \x01(\r\x12&\n\x07\x65ncoded\x18\x0f \x01(\x0b\x32\x15.silotune.v1.Manifest\x12\x0f\n\x07initial\x18\x10 \x01(\t\x12(\n\nbase_files\x18\x11 \x03(\x0b\x32\x14.silotune.v1.FileRef\"\xbd\x01\n\x08Progress\x12!\n\x05stage\x18\x01 \x01(\x0e\x32\x12.silotune.v1.Stage\x12\x0c\n\x04\x64one\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\x12\x0c\n\x04unit\x18\x04 \x01(\t\x12\x33\n\x07metrics\x18\x05 \x03(\x0b\x32\".silotune.v1.Progress.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"`\n\x10HeartbeatRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\'\n\x08progress\x18\x03 \x01(\x0b\x32\x15.silotune.v1.Progress\"K\n\x11HeartbeatResponse\x12\x0f\n\x07proceed\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\"\xdb\x02\n\tSucceeded\x12\'\n\x08manifest\x18\x01 \x01(\x0b\x32\x15.silotune.v1.Manifest\x12\x10\n\x08\x65xamples\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x34\n\x07metrics\x18\x04 \x03(\x0b\x32#.silotune.v1.Succeeded.MetricsEntry\x12\x34\n\x07seconds\x18\x05 \x03(\x0b\x32#.silotune.v1.Succeeded.SecondsEntry\x12#\n\x05\x66iles\x18\x06 \x03(\x0b\x32\x14.silotune.v1.FileRef\x12\x13\n\x0b\x62\x61se_digest\x18\x07 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0cSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"&\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0c\n\x04hint\x18\x02 \x01(\t\"\x1a\n\x08\x44\x65\x63lined\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xc2\x01\n\x11\x46inishTaskRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12+\n\tsucceeded\x18\x03 \x01(\x0b\x32\x16.silotune.v1.SucceededH\x00\x12%\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x13.silotune.v1.FailedH\x00\x12)\n\x08\x64\x65\x63lined\x18\x05 \x01(\x0b\x32\x15.silotune.v1.DeclinedH\x00\x42\t\n\x07outcome\"E\n\x12\x46inishTaskResponse\x12\x1f\n\x04\x66\x61te\x18\x01 \x01(\x0e\x32\x11.silotune.v1.Fate\x12\x0e\n\x06reason\x18\x02 \x01(\t*f\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eTASK_KIND_INIT\x10\x01\x12\x13\n\x0fTASK_KIND_TRAIN\x10\x02\x12\x16\n\x12TASK_KIND_EVALUATE\x10\x03*\xc7\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTAGE_APPROVING\x10\x01\x12\x12\n\x0eSTAGE_FETCHING\x10\x02\x12\x11\n\rSTAGE_LOADING\x10\x03\x12\x12\n\x0eSTAGE_TRAINING\x10\x04\x12\x14\n\x10STAGE_EVALUATING\x10\x05\x12\x13\n\x0fSTAGE_UPLOADING\x10\x06\x12\x10\n\x0cSTAGE_PAUSED\x10\x07\x12\x1a\n\x16STAGE_WAITING_FOR_DISK\x10\x08*V\n\x04\x46\x61te\x12\x14\n\x10\x46\x41TE_UNSPECIFIED\x10\x00\x12\x11\n\rFATE_ACCEPTED\x10\x01\x12\x11\n\rFATE_REJECTED\x10\x02\x12\x12\n\x0e\x46\x41TE_DISCARDED\x10\x03\x32V\n\x11\x45nrollmentService\x12\x41\n\x06\x45nroll\x12\x1a.silotune.v1.EnrollRequest\x1a\x1b.silotune.v1.EnrollResponse2\xd6\x02\n\x0c\x41gentService\x12J\n\tLeaseTask\x12\x1d.silotune.v1.LeaseTaskRequest\x1a\x1e.silotune.v1.LeaseTaskResponse\x12J\n\tHeartbeat\x12\x1d.silotune.v1.HeartbeatRequest\x1a\x1e.silotune.v1.HeartbeatResponse\x12M\n\nFinishTask\x12\x1e.silotune.v1.FinishTaskRequest\x1a\x1f.silotune.v1.FinishTaskResponse\x12_\n\x10RenewCertificate\x12$.silotune.v1.RenewCertificateRequest\x1a%.silotune.v1.RenewCertificateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,12 +38,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUCCEEDED_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_SUCCEEDED_SECONDSENTRY']._loaded_options = None
   _globals['_SUCCEEDED_SECONDSENTRY']._serialized_options = b'8\001'
-  _globals['_TASKKIND']._serialized_start=2405
-  _globals['_TASKKIND']._serialized_end=2507
-  _globals['_STAGE']._serialized_start=2510
-  _globals['_STAGE']._serialized_end=2709
-  _globals['_FATE']._serialized_start=2711
-  _globals['_FATE']._serialized_end=2797
+  _globals['_TASKKIND']._serialized_start=2447
+  _globals['_TASKKIND']._serialized_end=2549
+  _globals['_STAGE']._serialized_start=2552
+  _globals['_STAGE']._serialized_end=2751
+  _globals['_FATE']._serialized_start=2753
+  _globals['_FATE']._serialized_end=2839
   _globals['_ENROLLREQUEST']._serialized_start=64
   _globals['_ENROLLREQUEST']._serialized_end=107
   _globals['_ENROLLRESPONSE']._serialized_start=109
@@ -65,31 +65,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEASETASKRESPONSE']._serialized_start=911
   _globals['_LEASETASKRESPONSE']._serialized_end=996
   _globals['_TASK']._serialized_start=999
-  _globals['_TASK']._serialized_end=1350
-  _globals['_PROGRESS']._serialized_start=1353
-  _globals['_PROGRESS']._serialized_end=1542
-  _globals['_PROGRESS_METRICSENTRY']._serialized_start=1496
-  _globals['_PROGRESS_METRICSENTRY']._serialized_end=1542
-  _globals['_HEARTBEATREQUEST']._serialized_start=1544
-  _globals['_HEARTBEATREQUEST']._serialized_end=1640
-  _globals['_HEARTBEATRESPONSE']._serialized_start=1642
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1717
-  _globals['_SUCCEEDED']._serialized_start=1720
-  _globals['_SUCCEEDED']._serialized_end=2067
-  _globals['_SUCCEEDED_METRICSENTRY']._serialized_start=1496
-  _globals['_SUCCEEDED_METRICSENTRY']._serialized_end=1542
-  _globals['_SUCCEEDED_SECONDSENTRY']._serialized_start=2021
-  _globals['_SUCCEEDED_SECONDSENTRY']._serialized_end=2067
-  _globals['_FAILED']._serialized_start=2069
-  _globals['_FAILED']._serialized_end=2107
-  _globals['_DECLINED']._serialized_start=2109
-  _globals['_DECLINED']._serialized_end=2135
-  _globals['_FINISHTASKREQUEST']._serialized_start=2138
-  _globals['_FINISHTASKREQUEST']._serialized_end=2332
-  _globals['_FINISHTASKRESPONSE']._serialized_start=2334
-  _globals['_FINISHTASKRESPONSE']._serialized_end=2403
-  _globals['_ENROLLMENTSERVICE']._serialized_start=2799
-  _globals['_ENROLLMENTSERVICE']._serialized_end=2885
-  _globals['_AGENTSERVICE']._serialized_start=2888
-  _globals['_AGENTSERVICE']._serialized_end=3230
+  _globals['_TASK']._serialized_end=1392
+  _globals['_PROGRESS']._serialized_start=1395
+  _globals['_PROGRESS']._serialized_end=1584
+  _globals['_PROGRESS_METRICSENTRY']._serialized_start=1538
+  _globals['_PROGRESS_METRICSENTRY']._serialized_end=1584
+  _globals['_HEARTBEATREQUEST']._serialized_start=1586
+  _globals['_HEARTBEATREQUEST']._serialized_end=1682
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1684
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1759
+  _globals['_SUCCEEDED']._serialized_start=1762
+  _globals['_SUCCEEDED']._serialized_end=2109
+  _globals['_SUCCEEDED_METRICSENTRY']._serialized_start=1538
+  _globals['_SUCCEEDED_METRICSENTRY']._serialized_end=1584
+  _globals['_SUCCEEDED_SECONDSENTRY']._serialized_start=2063
+  _globals['_SUCCEEDED_SECONDSENTRY']._serialized_end=2109
+  _globals['_FAILED']._serialized_start=2111
+  _globals['_FAILED']._serialized_end=2149
+  _globals['_DECLINED']._serialized_start=2151
+  _globals['_DECLINED']._serialized_end=2177
+  _globals['_FINISHTASKREQUEST']._serialized_start=2180
+  _globals['_FINISHTASKREQUEST']._serialized_end=2374
+  _globals['_FINISHTASKRESPONSE']._serialized_start=2376
+  _globals['_FINISHTASKRESPONSE']._serialized_end=2445
+  _globals['_ENROLLMENTSERVICE']._serialized_start=2841
+  _globals['_ENROLLMENTSERVICE']._serialized_end=2927
+  _globals['_AGENTSERVICE']._serialized_start=2930
+  _globals['_AGENTSERVICE']._serialized_end=3272
 # @@protoc_insertion_point(module_scope)

@@ -162,7 +162,7 @@ class LeaseTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., sentence: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "job_id", "round", "kind", "spec_json", "spec_hash", "base_digest", "version", "model", "seed", "split", "generation", "lease_seconds", "counted_round", "encoded", "initial")
+    __slots__ = ("id", "job_id", "round", "kind", "spec_json", "spec_hash", "base_digest", "version", "model", "seed", "split", "generation", "lease_seconds", "counted_round", "encoded", "initial", "base_files")
     ID_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +179,7 @@ class Task(_message.Message):
     COUNTED_ROUND_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
     INITIAL_FIELD_NUMBER: _ClassVar[int]
+    BASE_FILES_FIELD_NUMBER: _ClassVar[int]
     id: str
     job_id: str
     round: int
@@ -195,7 +196,8 @@ class Task(_message.Message):
     counted_round: int
     encoded: _manifest_pb2.Manifest
     initial: str
-    def __init__(self, id: _Optional[str] = ..., job_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., spec_json: _Optional[str] = ..., spec_hash: _Optional[str] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ..., model: _Optional[_Union[_manifest_pb2.BlobRef, _Mapping]] = ..., seed: _Optional[int] = ..., split: _Optional[str] = ..., generation: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., counted_round: _Optional[int] = ..., encoded: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., initial: _Optional[str] = ...) -> None: ...
+    base_files: _containers.RepeatedCompositeFieldContainer[_manifest_pb2.FileRef]
+    def __init__(self, id: _Optional[str] = ..., job_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., spec_json: _Optional[str] = ..., spec_hash: _Optional[str] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ..., model: _Optional[_Union[_manifest_pb2.BlobRef, _Mapping]] = ..., seed: _Optional[int] = ..., split: _Optional[str] = ..., generation: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., counted_round: _Optional[int] = ..., encoded: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., initial: _Optional[str] = ..., base_files: _Optional[_Iterable[_Union[_manifest_pb2.FileRef, _Mapping]]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "done", "total", "unit", "metrics")

@@ -152,8 +152,15 @@ class JobView(_message.Message):
     def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., sentence: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., head_version: _Optional[int] = ..., best_version: _Optional[int] = ..., service_seconds: _Optional[float] = ..., eta_seconds: _Optional[float] = ..., created_unix_seconds: _Optional[float] = ...) -> None: ...
 
 class RoundView(_message.Message):
-    __slots__ = ("number", "phase", "sentence", "cohort", "seconds", "bytes_up", "bytes_down", "updates", "attempt")
+    __slots__ = ("number", "phase", "sentence", "cohort", "seconds", "bytes_up", "bytes_down", "updates", "attempt", "metrics")
     class SecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +176,7 @@ class RoundView(_message.Message):
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     number: int
     phase: RoundPhase
     sentence: str
@@ -178,7 +186,8 @@ class RoundView(_message.Message):
     bytes_down: int
     updates: _containers.RepeatedCompositeFieldContainer[UpdateView]
     attempt: int
-    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., sentence: _Optional[str] = ..., cohort: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., updates: _Optional[_Iterable[_Union[UpdateView, _Mapping]]] = ..., attempt: _Optional[int] = ...) -> None: ...
+    metrics: _containers.ScalarMap[str, float]
+    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., sentence: _Optional[str] = ..., cohort: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., updates: _Optional[_Iterable[_Union[UpdateView, _Mapping]]] = ..., attempt: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class UpdateView(_message.Message):
     __slots__ = ("site", "fate", "reason", "examples", "steps", "metrics", "seconds")
@@ -322,6 +331,44 @@ class GetModelResponse(_message.Message):
     contributors: _containers.RepeatedCompositeFieldContainer[UpdateView]
     spec_json: str
     def __init__(self, job_id: _Optional[str] = ..., version: _Optional[int] = ..., model: _Optional[_Union[_manifest_pb2.BlobRef, _Mapping]] = ..., files: _Optional[_Iterable[_Union[_manifest_pb2.FileRef, _Mapping]]] = ..., base_digest: _Optional[str] = ..., evaluations: _Optional[_Iterable[_Union[EvaluationView, _Mapping]]] = ..., contributors: _Optional[_Iterable[_Union[UpdateView, _Mapping]]] = ..., spec_json: _Optional[str] = ...) -> None: ...
+
+class AddBaseModelRequest(_message.Message):
+    __slots__ = ("name", "files")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    files: _containers.RepeatedCompositeFieldContainer[_manifest_pb2.FileRef]
+    def __init__(self, name: _Optional[str] = ..., files: _Optional[_Iterable[_Union[_manifest_pb2.FileRef, _Mapping]]] = ...) -> None: ...
+
+class AddBaseModelResponse(_message.Message):
+    __slots__ = ("digest", "missing")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    missing: _containers.RepeatedCompositeFieldContainer[_manifest_pb2.FileRef]
+    def __init__(self, digest: _Optional[str] = ..., missing: _Optional[_Iterable[_Union[_manifest_pb2.FileRef, _Mapping]]] = ...) -> None: ...
+
+class ListBaseModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListBaseModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[BaseModelView]
+    def __init__(self, models: _Optional[_Iterable[_Union[BaseModelView, _Mapping]]] = ...) -> None: ...
+
+class BaseModelView(_message.Message):
+    __slots__ = ("name", "digest", "files", "complete")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    files: _containers.RepeatedCompositeFieldContainer[_manifest_pb2.FileRef]
+    complete: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., files: _Optional[_Iterable[_Union[_manifest_pb2.FileRef, _Mapping]]] = ..., complete: _Optional[bool] = ...) -> None: ...
 
 class InviteSiteRequest(_message.Message):
     __slots__ = ("name", "house", "valid_seconds")

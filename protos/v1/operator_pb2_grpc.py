@@ -65,6 +65,16 @@ class OperatorServiceStub:
                 request_serializer=protos_dot_v1_dot_operator__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_operator__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.AddBaseModel = channel.unary_unary(
+                '/silotune.v1.OperatorService/AddBaseModel',
+                request_serializer=protos_dot_v1_dot_operator__pb2.AddBaseModelRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_operator__pb2.AddBaseModelResponse.FromString,
+                _registered_method=True)
+        self.ListBaseModels = channel.unary_unary(
+                '/silotune.v1.OperatorService/ListBaseModels',
+                request_serializer=protos_dot_v1_dot_operator__pb2.ListBaseModelsRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_operator__pb2.ListBaseModelsResponse.FromString,
+                _registered_method=True)
         self.InviteSite = channel.unary_unary(
                 '/silotune.v1.OperatorService/InviteSite',
                 request_serializer=protos_dot_v1_dot_operator__pb2.InviteSiteRequest.SerializeToString,
@@ -127,6 +137,20 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddBaseModel(self, request, context):
+        """Announces a base model that sites may fetch; the answer says which of its files are still to be written. With none
+        left it is complete, and is served. ALREADY_EXISTS: the name stands for other content.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListBaseModels(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def InviteSite(self, request, context):
         """ALREADY_EXISTS: an enrolled site has this name.
         """
@@ -179,6 +203,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=protos_dot_v1_dot_operator__pb2.GetModelRequest.FromString,
                     response_serializer=protos_dot_v1_dot_operator__pb2.GetModelResponse.SerializeToString,
+            ),
+            'AddBaseModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddBaseModel,
+                    request_deserializer=protos_dot_v1_dot_operator__pb2.AddBaseModelRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_operator__pb2.AddBaseModelResponse.SerializeToString,
+            ),
+            'ListBaseModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBaseModels,
+                    request_deserializer=protos_dot_v1_dot_operator__pb2.ListBaseModelsRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_operator__pb2.ListBaseModelsResponse.SerializeToString,
             ),
             'InviteSite': grpc.unary_unary_rpc_method_handler(
                     servicer.InviteSite,
@@ -359,6 +393,60 @@ class OperatorService:
             '/silotune.v1.OperatorService/GetModel',
             protos_dot_v1_dot_operator__pb2.GetModelRequest.SerializeToString,
             protos_dot_v1_dot_operator__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddBaseModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silotune.v1.OperatorService/AddBaseModel',
+            protos_dot_v1_dot_operator__pb2.AddBaseModelRequest.SerializeToString,
+            protos_dot_v1_dot_operator__pb2.AddBaseModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBaseModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silotune.v1.OperatorService/ListBaseModels',
+            protos_dot_v1_dot_operator__pb2.ListBaseModelsRequest.SerializeToString,
+            protos_dot_v1_dot_operator__pb2.ListBaseModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, nargs="*", help="these seeds instead")
     parser.add_argument("--engine", choices=ENGINES, default="sqlite")
     parser.add_argument("--undisturbed", action="store_true", help="the same jobs without faults")
+    parser.add_argument("--storm", action="store_true", help="jobs of 20 rounds, and a kill or two in each round")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     parser.add_argument("--keep", type=Path, default=Path("chaos"), help="where failing seeds leave what they were")
     parser.add_argument("--keep-all", action="store_true", help="what sound seeds left too")
@@ -41,7 +42,12 @@ def main() -> int:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     seeds = options.only or range(options.seed0, options.seed0 + options.seeds)
     report = campaign.run(
-        seeds, engine=options.engine, keep=options.keep, keep_all=options.keep_all, undisturbed=options.undisturbed
+        seeds,
+        engine=options.engine,
+        keep=options.keep,
+        keep_all=options.keep_all,
+        undisturbed=options.undisturbed,
+        storms=options.storm,
     )
     print(f"\n{report}")
     if options.out:

@@ -12,7 +12,7 @@ from tests.chaos.arena import Arena
 from tests.chaos.operating import Operator
 from tests.chaos.report import Report
 from tests.chaos.runner import Outcome, Runner
-from tests.chaos.scenario import SITES, Scenario, generate
+from tests.chaos.scenario import SITES, Scenario, generate, storm
 from tests.chaos.storing import open_engine
 
 SEEDS_A_FEDERATION = 25
@@ -38,10 +38,12 @@ def run(
     keep: Path,
     keep_all: bool = False,
     undisturbed: bool = False,
+    storms: bool = False,
     say: Callable[[str], None] = print,
 ) -> Report:
     """Runs the seeds in order. What failing ones left behind is kept in `keep`, or what all did."""
     report = Report(engine)
+    draw = storm if storms else generate
     left = list(seeds)
     while left:
         directory = Path(tempfile.mkdtemp(prefix="silotune-chaos-"))
@@ -49,7 +51,7 @@ def run(
             with open_runner(directory, engine=engine) as runner:
                 for _ in range(min(SEEDS_A_FEDERATION, len(left))):
                     seed = left.pop(0)
-                    outcome = runner.run(generate(seed, engine=engine, undisturbed=undisturbed), token=f"seed-{seed}")
+                    outcome = runner.run(draw(seed, engine=engine, undisturbed=undisturbed), token=f"seed-{seed}")
                     report.add(outcome)
                     say(line(outcome))
                     if outcome.violations or keep_all:
@@ -67,7 +69,9 @@ def line(outcome: Outcome) -> str:
     """One seed in a line; what is wrong below it."""
     done = "; ".join(f"{done.fault}" for done in outcome.evidence.injected) or "no fault"
     verdict = "BROKEN" if outcome.violations else outcome.evidence.state
-    text = f"seed {outcome.scenario.seed:<5} {verdict} {outcome.seconds:5.1f} s  {outcome.scenario}: {done}"
+    versions = outcome.evidence.versions
+    last = f"version {versions[-1].number} is {versions[-1].digest[:12]}" if versions else "no version"
+    text = f"seed {outcome.scenario.seed:<5} {verdict} {outcome.seconds:5.1f} s  {outcome.scenario}, {last}: {done}"
     return "\n".join([text, *(f"    {violation}" for violation in outcome.violations)])
 
 

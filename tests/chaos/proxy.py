@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import threading
 from collections.abc import Callable, Coroutine
@@ -31,6 +32,8 @@ class Weather:
     refuse: bool = False
     # The next piece in this direction gets one wrong byte.
     corrupt: set[Direction] = field(default_factory=set)
+    # Nothing more passes once so many bytes have, since the start of the link.
+    limit_bytes: dict[Direction, int] = field(default_factory=dict)
 
 
 class Link:
@@ -119,13 +122,17 @@ class Link:
                     return await asyncio.open_connection(host, int(port))
         return None
 
+    def _is_cut(self, direction: Direction) -> bool:
+        weather = self._weather
+        return direction in weather.cut or self.passed[direction] >= weather.limit_bytes.get(direction, math.inf)
+
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> None:
         while True:
             try:
                 data = await reader.read(PIECE_BYTES)
             finally:
                 # Neither bytes nor the end of the connection pass a cut.
-                while direction in self._weather.cut:
+                while self._is_cut(direction):
                     await self._changed.wait()
             if not data:
                 break

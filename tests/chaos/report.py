@@ -26,6 +26,8 @@ class Report:
     jobs: Counter[str] = field(default_factory=Counter)
     rounds_committed: int = 0
     updates: Counter[str] = field(default_factory=Counter)
+    # How often a site began its training of a round -> in how many cases.
+    trainings: Counter[int] = field(default_factory=Counter)
     violations: Counter[str] = field(default_factory=Counter)
     longest_recovery_seconds: float = 0.0
     seconds: float = 0.0
@@ -44,6 +46,8 @@ class Report:
         self.updates.update(update.fate.lower() for update in evidence.updates)
         # A grant of work that had been granted before.
         self.updates["retried"] += sum(max(0, task.generation - 1) for task in evidence.tasks if task.kind == "TRAIN")
+        begun = Counter((fact["round"], fact.actor) for fact in evidence.of_agents("begun") if not fact["resumed_step"])
+        self.trainings.update(begun.values())
         self.violations.update(violation.rule for violation in outcome.violations)
         self.longest_recovery_seconds = max(self.longest_recovery_seconds, outcome.recovery_seconds)
         self.seconds += outcome.seconds
@@ -68,6 +72,7 @@ class Report:
             "updates_retried": self.updates["retried"],
             "updates_discarded": self.updates["discarded"],
             "updates_rejected": self.updates["rejected"],
+            "trainings_begun": {f"{times} times": count for times, count in sorted(self.trainings.items())},
             "lost": self.violations[LOST],
             "counted_twice": self.violations[TWICE],
             "digest_differences": self.violations[DIGEST],
@@ -88,6 +93,8 @@ class Report:
         lines += ["", "  " + ", ".join(f"{count} jobs {state}" for state, count in sorted(self.jobs.items()))]
         shown = ("rounds_committed", "updates_accepted", "updates_retried", "updates_discarded", "updates_rejected")
         lines += [f"  {name.replace('_', ' '):<40}{facts[name]:>7}" for name in shown]
+        begun = ", ".join(f"{count} {times} x" for times, count in sorted(self.trainings.items()))
+        lines += [f"  trainings of a site in a round, begun {begun}"]
         lines += [f"  {'longest recovery of a coordinator':<40}{facts['longest_recovery_seconds']:>7} s", ""]
         lines += [f"  {name.replace('_', ' '):<40}{facts[name]:>7}" for name in ("lost", "counted_twice")]
         lines += [f"  {'digest differences':<40}{facts['digest_differences']:>7}"]

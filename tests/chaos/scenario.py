@@ -8,7 +8,7 @@ there by the runner, loudly, and never drawn anew: seeds would no longer name th
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 SITES = ("alfa", "bravo", "charlie", "delta")
@@ -70,6 +70,8 @@ KINDS = (
 BY_NAME = {kind.name: kind for kind in KINDS}
 # Each of these may cost a task one of its few attempts, or a site its standing: not twice at one site.
 COUNTS_AS_FAILURE = ("kill trainer", "kill agent and trainer", "full disk of agent", "damage update")
+KILLS = ("kill coordinator", "kill agent", "kill trainer", "kill agent and trainer", "kill aggregation")
+STORM_ROUNDS = 20
 OPTIMIZERS: tuple[dict[str, Any], ...] = (
     {"type": "fedavgm", "momentum": 0.5},
     {"type": "fedadam", "learning_rate": 0.01},
@@ -85,10 +87,13 @@ class When:
     moment: str
     site: str = ""
     share: float = 0.0
+    # So long after that.
+    after_seconds: float = 0.0
 
     def __str__(self) -> str:
         share = f" {self.share:.0%}" if self.share else ""
-        return f"round {self.round} {self.moment}{share}" + (f" at {self.site}" if self.site else "")
+        after = f" + {self.after_seconds:.1f} s" if self.after_seconds else ""
+        return f"round {self.round} {self.moment}{share}{after}" + (f" at {self.site}" if self.site else "")
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,34 @@ def generate(seed: int, *, engine: str = "sqlite", undisturbed: bool = False) ->
         optimizer=draw.choice(OPTIMIZERS) if draw.random() < 0.25 else {"type": "none"},
         evaluate=draw.random() < 0.3,
         faults=() if undisturbed else faults,
+    )
+
+
+def storm(seed: int, *, engine: str = "sqlite", undisturbed: bool = False) -> Scenario:
+    """A long job of a whole cohort; one or two processes are killed in each of its rounds, and nothing else happens."""
+    draw = random.Random(f"silotune storm {engine} {seed}")
+    sites = SITES[: draw.randint(2, 4)]
+    kinds = [BY_NAME[name] for name in KILLS]
+    faults: list[Fault] = []
+    for number in range(1, STORM_ROUNDS + 1):
+        for kind in draw.choices(kinds, [kind.weight for kind in kinds], k=draw.choice((1, 1, 2))):
+            site = draw.choice(sites)
+            # A site whose trainer dies three times in a row is set aside; a fault may come a round late.
+            if kind.name in COUNTS_AS_FAILURE and any(
+                fault.kind in COUNTS_AS_FAILURE and fault.target == site and number - fault.when.round < 3
+                for fault in faults
+            ):
+                continue
+            fault = _fault(draw, kind, site=site, engine=engine, rounds=STORM_ROUNDS)
+            when = replace(fault.when, round=number, after_seconds=round(draw.choice((0.0, draw.uniform(0, 0.6))), 2))
+            faults.append(replace(fault, when=when))
+    return replace(
+        generate(seed, engine=engine, undisturbed=True),
+        sites=sites,
+        rounds=STORM_ROUNDS,
+        quorum=len(sites),
+        deadline_seconds=600.0,
+        faults=() if undisturbed else tuple(faults),
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
 from protos import jobspec
-from tests.chaos.scenario import AT_SITE, ENGINES, KINDS, generate
+from tests.chaos.scenario import AT_SITE, ENGINES, KILLS, KINDS, STORM_ROUNDS, generate, storm
 
 SEEDS = range(400)
 
@@ -40,3 +41,13 @@ def test_an_undisturbed_scenario_is_the_same_job_without_faults() -> None:
         assert not calm.faults
         assert calm.recipe["cohort"]["sites"] == rough.recipe["cohort"]["sites"]
         assert (calm.payload_mb, calm.rounds, calm.quorum) == (rough.payload_mb, rough.rounds, rough.quorum)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_storm_kills_in_nearly_every_round_and_no_trainer_so_often_that_its_site_is_set_aside(seed: int) -> None:
+    found = storm(seed)
+    assert {fault.kind for fault in found.faults} <= set(KILLS)
+    assert len(found.faults) >= 15 and found.whole_cohort and found.rounds == STORM_ROUNDS
+    for site in found.sites:
+        hit = [fault.when.round for fault in found.faults if fault.target == site and fault.kind.endswith("trainer")]
+        assert all(later - earlier >= 3 for earlier, later in pairwise(hit))

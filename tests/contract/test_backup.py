@@ -196,6 +196,22 @@ def test_a_lost_blob_that_can_be_done_without_is_named_and_the_rest_is_kept(
     assert make(data, tmp_path / "backup").missing == manifest.missing, "the earlier backup has it"
 
 
+def test_an_encoded_job_cannot_go_on_without_version_0_and_its_residual(
+    federation: Federation, data: Path, tmp_path: Path
+) -> None:
+    federation.round(1, encoded=True)
+    for content, name in ((b"version 0", "version 0"), (b"residual 1", "version 1")):
+        digest = federation.seal(content)
+        federation.blobs.delete(digest)
+        with pytest.raises(CorruptData, match=f"{digest[:16]} is not .*: {name} of job j"):
+            make(data, tmp_path / f"without {name}")
+        federation.seal(content)
+    # Sites that cannot have the difference fetch the whole version.
+    encoded = federation.seal(b"encoded 1")
+    federation.blobs.delete(encoded)
+    assert make(data, tmp_path / "backup").missing == (encoded,)
+
+
 def test_a_blob_that_is_collected_while_it_is_opened_makes_the_rows_be_read_again(
     federation: Federation, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,22 +63,28 @@ class Federation:
         which: dict[str, Any] = {"site": task.site, "generation": task.generation}
         return self.store.work.finish(task.id, result=result, sealed_size=self.blobs.size, **which)
 
-    def aggregate(self, content: bytes, *, state: bytes = b"", sealed: bool = True) -> bool:
+    def aggregate(
+        self, content: bytes, *, state: bytes = b"", encoded: bytes = b"", residual: bytes = b"", sealed: bool = True
+    ) -> bool:
         _, facts, _ = self.store.jobs.facts("j", now_unix_seconds=NOW)
         assert facts.command is not None and facts.round is not None
         digest, optimizer = self.seal(content), self.seal(state) if state else ""
+        more: dict[str, Any] = {"residual_digest": self.seal(residual)} if residual else {}
+        if encoded:
+            more |= {"encoded_digest": self.seal(encoded), "encoded_size": len(encoded)}
         if not sealed:
             self.blobs.delete(digest)
         return self.store.jobs.finish_command(
             "j", round_number=facts.round.number, generation=facts.command.generation, digest=digest,
-            size=len(content), optimizer_digest=optimizer, seconds={}, sealed_size=self.blobs.size,
+            size=len(content), optimizer_digest=optimizer, seconds={}, sealed_size=self.blobs.size, **more,
         )  # fmt: skip
 
-    def round(self, number: int) -> None:
+    def round(self, number: int, *, encoded: bool = False) -> None:
         self.hand_in("a", b"a%d" % number)
         self.hand_in("b", b"b%d" % number)
         drive(self.store)
-        assert self.aggregate(b"version %d" % number, state=b"state %d" % number)
+        more = {"encoded": b"encoded %d" % number, "residual": b"residual %d" % number} if encoded else {}
+        assert self.aggregate(b"version %d" % number, state=b"state %d" % number, **more)
         drive(self.store)
 
     def evaluate(self, loss: float) -> None:

@@ -1,6 +1,7 @@
 """Every schema that was ever released becomes today's with all its rows, whoever migrates it and however many at once.
 
-`schemas/` holds what each released version wrote, as SQL. Such a file is never changed; a release adds one.
+`schemas/` holds what each released version wrote, as SQL, beyond the version before. Such a file is never changed; a
+release adds one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def engine_of(url: str) -> Engine:
 
 
 def load(url: str, script: Path) -> None:
-    sql = script.read_text()
+    sql = "".join(path.read_text() for path in SCHEMAS[: SCHEMAS.index(script) + 1])
     if url.startswith("sqlite"):
         with closing(engine_of(url).raw_connection()) as connection:
             connection.driver_connection.executescript(sql)  # type: ignore[union-attr]

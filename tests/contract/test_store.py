@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coordinator.rounds import state as s
 from coordinator.rounds.machine import step
+from coordinator.storage.grants import Grant
 from coordinator.storage.store import Store
-from coordinator.storage.work import Grant, Result
+from coordinator.storage.work import Result
 from protos import jobspec
 from protos.errors import AlreadyExists, Conflict, LeaseFenced
 from protos.identity import Identity, Role
@@ -69,7 +71,7 @@ def begun(store: Store, *sites: str, spec: jobspec.JobSpec | None = None) -> Non
     drive(store)
 
 
-def aggregated(store: Store, number: int, digest: str) -> bool:
+def aggregated(store: Store, number: int, digest: str, **more: Any) -> bool:
     _, facts, _ = store.jobs.facts("j", now_unix_seconds=NOW)
     assert facts.command is not None
     return store.jobs.finish_command(
@@ -81,6 +83,7 @@ def aggregated(store: Store, number: int, digest: str) -> bool:
         optimizer_digest="",
         seconds={"combine": 0.5},
         sealed_size=lambda _: 8,
+        **more,
     )
 
 

@@ -131,18 +131,18 @@ def _named(line: str, key: str) -> str:
     return found[1] if found else ""
 
 
-@pytest.fixture(scope="module")
-def module_sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    """One federation for all tests of a module."""
+@pytest.fixture(scope="session")
+def shared_sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """One federation for all tests that leave it as they found it."""
     with start(tmp_path_factory.mktemp("three-sites"), "alfa", "bravo", "charlie") as federation:
         yield Jobs(federation)
 
 
 @pytest.fixture
-def three_sites(module_sites: Jobs) -> Iterator[Jobs]:
+def three_sites(shared_sites: Jobs) -> Iterator[Jobs]:
     """The same; what a test leaves behind, also when it fails, does not fail the next."""
-    yield module_sites
-    federation = module_sites.federation
+    yield shared_sites
+    federation = shared_sites.federation
     for name, node in list(federation.nodes.items()):
         if node.process.poll() is None:
             node.kill(signal.SIGCONT)

@@ -1,8 +1,9 @@
-"""A site behind a hospital's proxy, of a coordinator with a certificate of another CA: from enrollment to a round."""
+"""Networks between a site and its coordinator: a hospital's proxy with another CA, and a line that counts bytes."""
 
 from __future__ import annotations
 
 import re
+import signal
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 
 from coordinator import ca
 from deploy.local import CommandFailed, LocalFederation
-from tests.federation.conftest import FAST, SITE_TOML, Jobs
+from protos.channel import SERVER_OPTIONS
+from protos.frames import FRAME_BYTES
+from tests.chaos.proxy import Network, Weather
+from tests.federation.conftest import FAST, SITE_TOML, Jobs, begin
 from tests.servers.proxy import ConnectProxy, in_background
 
 # In no DNS: the proxy alone knows where it leads.
@@ -68,3 +72,37 @@ def test_a_site_that_only_a_proxy_leads_out_of_takes_part_in_a_job(tmp_path: Pat
         assert {asked.rpartition(":")[0] for asked in proxy.asked} == {HOST}
         # Enrollment, check, the agent's calls, and at least one transfer each way.
         assert proxy.tunnels >= 5
+
+
+PAYLOAD_BYTES = 24_000_000
+# What TLS, HTTP/2, frames and the calls beside the transfers add.
+FRAMING_SHARE = 0.01
+# What an agent may have under way that the coordinator has not taken: gRPC's window, and the rest of the frame that is
+# read. Buffers of the kernel and of the relay hold a part of it and add nothing.
+WINDOW_BYTES = int(dict(SERVER_OPTIONS)["grpc.http2.lookahead_bytes"]) + FRAME_BYTES
+UPLOADS = 'silotune_transfers_active{direction="up"}'
+
+
+def test_an_upload_whose_agent_is_killed_sends_no_more_than_a_window_again(tmp_path: Path) -> None:
+    with LocalFederation(tmp_path, settings=FAST) as federation, Network() as network:
+        federation.init()
+        coordinator = federation.start_coordinator()
+        link = network.add("alfa", port=0, upstreams=lambda: [federation.address])
+        begin(federation, "alfa", coordinators=lambda _: link.address)
+        jobs = Jobs(federation)
+        before = link.passed["up"]
+        # Version 0 goes up, and half of the update: there the line stops by itself, so that the kill meets the upload
+        # in its middle however slow this machine is.
+        middle = before + PAYLOAD_BYTES * 3 // 2
+        link.set(Weather(limit_bytes={"up": middle}))
+        job = jobs.submit(rounds=1, task=f"payload_mb = {PAYLOAD_BYTES / 1e6}")
+        federation.wait_for(lambda: link.passed["up"] >= middle, seconds=300, saying="half of the upload")
+        federation.nodes["alfa"].kill(signal.SIGKILL)
+        link.heal()
+        # First what the dead agent's kernel still had arrives: all of a window.
+        federation.wait_for(lambda: f"{UPLOADS} 0.0" in coordinator.get("/metrics")[1], seconds=300, saying="silence")
+        federation.start_agent("alfa", wait=False)
+        assert jobs.end(job)["job"]["state"] == "COMPLETED"
+        assert jobs.trained("alfa", job) == [1]
+        passed = link.passed["up"] - before
+        assert 2 * PAYLOAD_BYTES <= passed <= 2 * PAYLOAD_BYTES * (1 + FRAMING_SHARE) + WINDOW_BYTES

@@ -12,15 +12,15 @@ from tests.federation.conftest import SITE_TOML, Jobs, start
 
 ALL = "quorum = 3\ngather_seconds = 600\nround_deadline_seconds = 3600\nstall_limit_seconds = 3600"
 # A site is caught in its training by a look at its log, which takes no command: see `kill_in_training`.
-SLOW = "payload_mb = 1\ntrain_seconds = 2"
+SLOW = "payload_mb = 1\ntrain_seconds = 4"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(module_sites: Jobs) -> str:
+def undisturbed(shared_sites: Jobs) -> str:
     """The digest after three rounds in which nothing happened; how long a training takes is in no bit."""
-    job = module_sites.submit(rounds=3, cohort=ALL)
-    assert module_sites.end(job)["job"]["state"] == "COMPLETED"
-    return module_sites.digest(job, 3)
+    job = shared_sites.submit(rounds=3, cohort=ALL)
+    assert shared_sites.end(job)["job"]["state"] == "COMPLETED"
+    return shared_sites.digest(job, 3)
 
 
 def test_kills_of_every_process_change_no_bit_of_the_result(three_sites: Jobs, undisturbed: str) -> None:

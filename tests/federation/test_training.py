@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from client_agent.models import Models
 from client_agent.settings import DataSet
 from client_agent.taskdir import TaskSpec, checkpoint_step, read_result, write_spec
 from deploy.local import LocalFederation
@@ -68,6 +70,7 @@ threads = 1
 
 [policy]
 base_models = ["tiny-encoder"]
+fetch_base_models = true
 data_sets = ["notes"]
 methods = ["full", "lora"]
 max_epochs = 1000
@@ -145,9 +148,12 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         write_jsonl(home / "validation.jsonl", rows(LABELS, count=30, start=400))
         write_jsonl(home / "test.jsonl", rows(LABELS, count=30, start=500))
 
+        federation.silotune("model", "add", "tiny-encoder", str(base))
         for name in (*data, "house"):
-            home = str(federation.home(name))
-            federation.run("silotune-agent", "model", "add", "tiny-encoder", "--path", str(base), "--home", home)
+            # One site has no base model and gets it from the coordinator.
+            if name != "latin":
+                home = str(federation.home(name))
+                federation.run("silotune-agent", "model", "add", "tiny-encoder", "--path", str(base), "--home", home)
             federation.start_agent(name, wait=False)
         yield Jobs(federation)
 
@@ -179,6 +185,11 @@ def test_it_learns_and_the_export_gives_the_reported_accuracy_without_silotune(
     best = shown["job"]["best_version"]
     assert accuracy[best, "validation"] == max(v for (_, split), v in accuracy.items() if split == "validation")
     assert accuracy[best, "test"] > 0.6 > accuracy[0, "validation"]
+    check_plan(hospital.federation, name, shown)
+    homes = [hospital.federation.home(site) for site in ("latin", "house")]
+    fetched, added = (Models(home / "models.json").current("tiny-encoder") for home in homes)
+    assert fetched.digest == added.digest
+    assert Path(fetched.directory).is_relative_to(homes[0])
 
     directory = hospital.federation.directory
     out = directory / f"export-{name}"
@@ -195,6 +206,27 @@ def test_it_learns_and_the_export_gives_the_reported_accuracy_without_silotune(
     predicted = json.loads(done.stdout)
     correct = sum(LABELS[guess] == row["label"] for guess, row in zip(predicted, test, strict=True))
     assert correct / len(test) == pytest.approx(accuracy[best, "test"], abs=1e-9)
+
+
+def test_every_trainer_rebuilds_the_versions_of_an_encoded_job_alike(hospital: Jobs) -> None:
+    method = 'type = "lora"\nrank = 4\nalpha = 8\n[encoding]\nup = "int4"\ndown = "int8"'
+    job = submit(hospital, "encoded", method=method, sites=["parquet", "latin"], rounds=3, steps=20, rate=2e-2)
+    shown = hospital.end(job)
+    assert shown["job"]["state"] == "COMPLETED", shown["job"]["sentence"]
+    for site in ("parquet", "latin", "house"):
+        assert "The whole version is fetched" not in hospital.federation.nodes[site].log.read_text()
+    loss = [e["metrics"]["loss"] for e in shown["evaluations"] if e["split"] == "validation"]
+    assert loss[-1] < loss[0]
+
+
+def check_plan(federation: LocalFederation, name: str, shown: dict[str, Any]) -> None:
+    """What `silotune job plan` says now is what the job took: to the byte, but for names in the header."""
+    plan = federation.silotune("job", "plan", str(federation.directory / f"{name}.toml"))
+    trained = [entry for entry in shown["rounds"] if entry["number"]]
+    assert plan["up_bytes"] == pytest.approx(sum(entry["bytes_up"] for entry in trained), rel=0.01)
+    assert plan["unmeasured"] == []
+    assert plan["seconds"] > 0
+    assert all(site["needs"]["disk"] > 0 for site in plan["sites"])
 
 
 def kill_trainer_in_mid_training(jobs: Jobs, site: str, directory: Path) -> int:

@@ -10,10 +10,8 @@ run as root, so root's server runs as nobody, in a directory that nobody can rea
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,8 @@ from pathlib import Path
 
 import psutil
 import psycopg
+
+from deploy.local import free_ports
 
 USER = "silotune"
 START_SECONDS = 120
@@ -56,7 +56,8 @@ class Postgres:
         if not durable:
             self._settings += ["fsync=off", "full_page_writes=off", "synchronous_commit=off"]
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        # It is still free after a stop, and no client that waits for the server to come back ever connects to itself.
+        (self.port,) = free_ports(1)
         self._run("initdb", "--pgdata", home / "data", "--username", USER, "--auth=trust", "--no-sync", "-E", "UTF8")
 
     @property
@@ -171,19 +172,6 @@ def _readable(binaries: Path, *, home: Path, run_as: dict) -> Path:
         subprocess.run(["chmod", "-R", "a+rX", str(home)], check=True)
         return home / PACKAGED / "bin"
     return binaries
-
-
-def _free_port() -> int:
-    """Below the range that outgoing connections take, so that it is still free after a stop and no client that waits
-    for the server to come back ever connects to itself."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def _is_gone(process: psutil.Process) -> bool:

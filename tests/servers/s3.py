@@ -12,7 +12,6 @@ With S3_TEST_URL, the credentials and the region are those of the environment, a
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,8 @@ import boto3.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from deploy.local import free_ports
+
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_REGION": "us-east-1"}
 START_SECONDS = 120
 EXTERNAL_URL = os.environ.get("S3_TEST_URL", "")
@@ -37,9 +38,7 @@ def s3(directory: Path) -> Iterator[S3Server]:
     if EXTERNAL_URL:
         yield S3Server(EXTERNAL_URL, environment={}, process=None)
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     with (directory / "s3.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, __file__, str(port)],

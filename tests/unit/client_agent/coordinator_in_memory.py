@@ -125,6 +125,8 @@ class Coordinator:
         self.bytes_read = 0
         self.bytes_written = 0
         self.lose_blobs = False
+        # Jobs that have ended for good.
+        self.ended: set[str] = set()
         # Faults: `cut_*` end the next stream after so many bytes; the rest hold until they are taken back.
         self.cut_read_at: int | None = None
         self.cut_write_at: int | None = None
@@ -156,7 +158,8 @@ class Coordinator:
         free = [task for task in self.tasks if task.id not in request.holding]
         if not free:
             await asyncio.sleep(min(request.wait_seconds, 0.1))
-            return agent_pb2.LeaseTaskResponse(sentence="No job needs this site now.")
+            ended = self.ended & set(request.keeps)
+            return agent_pb2.LeaseTaskResponse(sentence="No job needs this site now.", ended=ended)
         self.leased[free[0].id] = self.leased.get(free[0].id, 0) + 1
         self.fenced = False
         task = agent_pb2.Task(generation=self.leased[free[0].id])

@@ -40,6 +40,28 @@ def prepare(home: Home, *, rows: str | None = None) -> Path:
     return directory
 
 
+async def test_a_table_of_instructions_is_counted(home: Home) -> None:
+    prepare(home)
+    home.site_file.write_text(SITE + '[data.cards]\npath = "cards.csv"\ninstruction = "front"\noutput = "back"\n')
+    rows = "".join(f"question {number},{'a note' * (number % 2)},answer\n" for number in range(40))
+    (home.path / "cards.csv").write_text(f"front,input,back\n{rows}question,,\n")
+    found = await findings(home)
+    counted = [found[f"data cards, {split}"] for split in ("train", "validation")]
+    assert all(finding.ok for finding in counted)
+    assert sum(int(finding.sentence.split()[0]) for finding in counted) == 40
+    assert "of them with an input; 1 rows without instruction or output left out" in counted[0].sentence
+
+
+async def test_a_table_of_questions_is_counted_whole(home: Home) -> None:
+    prepare(home)
+    home.site_file.write_text(SITE + '[data.medqa]\npath = "medqa.jsonl"\nquestion = "question"\n')
+    row = '{"question": "Which?", "options": ["this", "that"], "answer": 1}\n'
+    (home.path / "medqa.jsonl").write_text(row * 3)
+    found = await findings(home)
+    assert found["data medqa, train"].sentence == "3 questions with options"
+    assert "data medqa, validation" not in found
+
+
 async def test_a_site_in_order_has_no_fault(home: Home) -> None:
     prepare(home)
     found = await findings(home)
@@ -119,6 +141,17 @@ async def test_a_name_in_the_policy_that_stands_for_nothing_is_a_fault(home: Hom
     home.site_file.write_text(SITE.replace('data_sets = ["answers"]', 'data_sets = ["anwsers"]'))
     found = await findings(home)
     assert found["policy"] == Finding("policy", False, "data_sets names 'anwsers', which this site does not have")
+
+
+async def test_a_base_model_that_will_be_fetched_is_no_fault(home: Home) -> None:
+    prepare(home)
+    home.models_file.unlink()
+    assert not (await findings(home))["policy"].ok
+    home.site_file.write_text(SITE.replace("[policy]", "[policy]\nfetch_base_models = true"))
+    found = await findings(home)
+    assert found["policy"].ok
+    assert "is fetched from the coordinator" in found["policy"].sentence
+    assert found["base models"].ok
 
 
 async def test_no_policy_is_a_fault_in_words(home: Home) -> None:

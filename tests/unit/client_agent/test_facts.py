@@ -7,7 +7,9 @@ from structlog.testing import capture_logs
 
 from client_agent import facts
 from client_agent.home import Home
+from client_agent.models import Models
 from client_agent.settings import DataSet, Device, SiteSettings
+from protos.tensors import make_header
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,13 @@ from client_agent.settings import DataSet, Device, SiteSettings
 )
 def test_the_device_is_what_site_toml_says_or_the_first_gpu(name: str, gpu: str, device: str) -> None:
     assert facts.choose_device(Device(name=name), gpu=gpu) == device
+
+
+def test_gpus_are_read_from_the_drivers_table() -> None:
+    table = "NVIDIA H200, 143771\nNVIDIA H200, 143771\n"
+    assert facts.parse_gpus(table) == (facts.Gpu("NVIDIA H200", 143771 << 20),) * 2
+    assert facts.parse_gpus("NVIDIA GB10, [N/A]\n") == (facts.Gpu("NVIDIA GB10", 0),)
+    assert facts.parse_gpus("") == ()
 
 
 def test_rows_are_counted_once_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +62,12 @@ def test_counts_that_the_disk_does_not_take_or_has_damaged_are_counted_anew(tmp_
     assert facts.count_rows(home, site) == {"answers": 2}
 
 
+def test_rows_of_instructions_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "cards.csv").write_text("front,back\nx,y\nz,\nw,v\n")
+    cards = DataSet(path="cards.csv", instruction="front", output="back", validation=0.0)
+    assert facts.count_rows(Home(tmp_path), SiteSettings(data={"cards": cards})) == {"cards": 2}
+
+
 def test_a_data_set_that_cannot_be_read_counts_as_empty(tmp_path: Path) -> None:
     site = SiteSettings(data={"answers": DataSet(path="missing.csv")})
     assert facts.count_rows(Home(tmp_path), site) == {"answers": 0}
@@ -64,6 +79,21 @@ def test_the_agent_tells_what_it_is_and_what_it_holds(tmp_path: Path) -> None:
     assert (info.device, info.data_sets[0].name, info.data_sets[0].rows) == ("cpu", "answers", 7)
     assert info.memory_bytes > 0
     assert info.free_disk_bytes > 0
+    assert (info.gpu_memory_bytes, info.gpus) == (0, 0)
+
+
+def test_the_layers_of_a_base_model_are_told(tmp_path: Path) -> None:
+    directory = tmp_path / "m"
+    directory.mkdir()
+    header, layout = make_header([("layers.0.query.weight", "F32", (4, 8)), ("layers.1.query.weight", "F32", (4, 8))])
+    (directory / "model.safetensors").write_bytes(header + bytes(layout.data_bytes))
+    (directory / "config.json").write_text('{"vocab_size": 100, "hidden_size": 8, "num_hidden_layers": 2}')
+    home = Home(tmp_path)
+    Models(home.models_file).add("m", directory)
+    (told,) = facts.agent_info(home, SiteSettings(), gpu="", rows={}).base_models
+    assert (told.vocabulary, told.hidden_size, told.layers) == (100, 8, 2)
+    (query,) = told.linear
+    assert (query.name, query.out_features, query.in_features, query.count) == ("layers.*.query", 4, 8, 2)
 
 
 def test_a_data_set_that_still_cannot_be_read_is_logged_once(

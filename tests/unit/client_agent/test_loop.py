@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from client_agent import identity, settings, stages
+from client_agent import identity, reports, settings
 from client_agent.hold import Pause, PauseFile
 from client_agent.home import Home
 from client_agent.main import Agent, compose
 from client_agent.policy import Approvals
 from client_agent.taskdir import Checkpoint, checkpoint_step, read_spec, write_checkpoint
+from protos.metrics import METRICS
 from protos.v1 import agent_pb2
 from tests.unit.client_agent.coordinator_in_memory import Coordinator
 from tests.unit.client_agent.work_to_do import model_bytes, spec, task
@@ -389,4 +390,4 @@ def test_paths_do_not_leave_the_site(home: Home) -> None:
 
 def test_only_listed_finite_numbers_are_reported() -> None:
     numbers = {"loss": 0.5, "accuracy": float("nan"), "patient_age": 52.0}
-    assert stages._reportable(numbers, allowed=stages.METRICS) == {"loss": 0.5}
+    assert reports.reportable(numbers, allowed=METRICS) == {"loss": 0.5}

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from client_agent.models import Models
+from client_agent.models import LinearLayers, Models
 from protos.errors import AlreadyExists, InvalidInput, NotFound
+from protos.tensors import make_header
 from tests.unit.client_agent.work_to_do import model_bytes
 
 
@@ -81,6 +83,75 @@ def test_a_damaged_file_is_named(tmp_path: Path, directory: Path, name: str, con
     (directory / name).write_bytes(content)
     with pytest.raises(InvalidInput, match=reason):
         Models(tmp_path / "models.json").add("minilm", directory)
+
+
+def lay_out(directory: Path, shapes: dict[str, tuple[int, ...]], *, config: dict[str, int]) -> Path:
+    """A model directory with tensors of these shapes."""
+    directory.mkdir(parents=True)
+    header, layout = make_header((name, "F32", shape) for name, shape in shapes.items())
+    (directory / "model.safetensors").write_bytes(header + bytes(layout.data_bytes))
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+SHAPES = {
+    "model.embed_tokens.weight": (100, 8),
+    "model.layers.0.mlp.up_proj.weight": (16, 8),
+    "model.layers.0.self_attn.q_proj.weight": (8, 8),
+    "model.layers.0.input_layernorm.weight": (8,),
+    "model.layers.1.mlp.up_proj.weight": (16, 8),
+    "model.layers.1.self_attn.q_proj.weight": (8, 8),
+    "lm_head.weight": (100, 8),
+}
+
+
+def test_the_linear_layers_are_known_by_path_and_shape(tmp_path: Path) -> None:
+    model = Models(tmp_path / "models.json").add("m", lay_out(tmp_path / "m", SHAPES, config={"vocab_size": 100}))
+    assert model.linear == (
+        LinearLayers("lm_head", 100, 8, 1),
+        LinearLayers("model.layers.*.mlp.up_proj", 16, 8, 2),
+        LinearLayers("model.layers.*.self_attn.q_proj", 8, 8, 2),
+    )
+    assert model.vocabulary == 100
+    assert Models(tmp_path / "models.json").all() == [model]
+
+
+def test_an_entry_of_the_release_before_gets_its_layers_and_keeps_its_digest(tmp_path: Path) -> None:
+    file = tmp_path / "models.json"
+    model = Models(file).add("m", lay_out(tmp_path / "m", SHAPES, config={"vocab_size": 100}))
+    entry = json.loads(file.read_text())["m"]
+    for name in ("linear", "vocabulary", "hub", "revision"):
+        del entry[name]
+    file.write_text(json.dumps({"m": {**entry, "digest": "e" * 64}}))
+    assert Models(file).all() == [replace(model, digest="e" * 64)]
+    assert "linear" in json.loads(file.read_text())["m"]
+
+
+def test_an_old_entry_whose_directory_is_gone_is_still_listed(tmp_path: Path) -> None:
+    file = tmp_path / "models.json"
+    Models(file).add("m", lay_out(tmp_path / "m", SHAPES, config={}))
+    entry = json.loads(file.read_text())["m"]
+    del entry["linear"], entry["vocabulary"]
+    file.write_text(json.dumps({"m": {**entry, "directory": str(tmp_path / "gone")}}))
+    assert [model.linear for model in Models(file).all()] == [()]
+
+
+def test_a_model_of_which_a_shard_is_missing_is_refused(tmp_path: Path) -> None:
+    directory = lay_out(tmp_path / "m", SHAPES, config={})
+    shards = dict.fromkeys(SHAPES, "model.safetensors") | {"model.norm.weight": "model-00002-of-00002.safetensors"}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(InvalidInput, match="lacks model-00002-of-00002"):
+        Models(tmp_path / "models.json").add("m", directory)
+
+
+def test_where_a_model_came_from_is_remembered_for_as_long_as_it_is_the_same(tmp_path: Path) -> None:
+    directory = lay_out(tmp_path / "m", SHAPES, config={})
+    models = Models(tmp_path / "models.json")
+    models.add("m", directory, hub="org/m", revision="c0ffee")
+    os.utime(directory / "config.json", ns=(0, 0))
+    assert (models.current("m").hub, models.current("m").revision) == ("org/m", "c0ffee")
+    (directory / "config.json").write_text('{"hidden_size": 9}')
+    assert (models.current("m").hub, models.current("m").revision) == ("", "")
 
 
 def test_a_missing_model_says_how_to_add_it(tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ async def test_outside_its_hours_a_site_says_so_and_transfers_nothing_until_they
     coordinator.add_task(task(), model=model_bytes())
     async with running(home, agent):
         await coordinator.until(lambda: agent_pb2.STAGE_PAUSED in stages_seen(coordinator))
-        assert StatusFile(home.status_file).read()["waits_for"].startswith(sentence)
+        await coordinator.until(lambda: StatusFile(home.status_file).read()["waits_for"].startswith(sentence))
         assert not coordinator.reads
         sentence = ""
         assert (await finish_of(coordinator)).HasField("succeeded")

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from client_agent import runner as runner_module
 from client_agent.home import Home
 from client_agent.journal import Journal, work_of
-from client_agent.stages import failed_by_surprise
+from client_agent.reports import failed_by_surprise
 from client_agent.taskdir import Checkpoint, write_checkpoint
 from protos.v1 import agent_pb2
 from tests.unit.client_agent.coordinator_in_memory import Coordinator

@@ -35,7 +35,7 @@ class Bench:
         self.blobs = FileBlobStore(directory / "data", reserve_bytes=0)
         self.scratch = directory / "data" / "scratch"
 
-    def begin(self, *sites: str) -> None:
+    def begin(self, *sites: str, **changes: Any) -> None:
         for name, role in [*((name, Role.SITE) for name in sites), ("hq", Role.HOUSE)]:
             now = time.time()
             self.store.sites.invite(
@@ -48,6 +48,7 @@ class Bench:
         fields = {
             "name": "study", "task": {"type": "synthetic"}, "local": {"steps": 1}, "rounds": 1,
             "cohort": {"quorum": 2, "round_deadline_seconds": 100}, "evaluation": {"where": []},
+            **changes,
         }  # fmt: skip
         self.store.jobs.create(jobspec.parse(fields), job_id="j", submit_token="", now_unix_seconds=time.time())
 
@@ -100,6 +101,28 @@ async def test_a_coordinator_killed_in_mid_aggregation_starts_again_and_commits(
     assert not leftover.exists()
     version = bench.store.views.model("j", version=1)
     assert bench.blobs.path(version.digest).read_bytes() == tensor_file(2.0)
+
+
+def pair_file(a: list[float], b: list[float]) -> bytes:
+    """One layer's LoRA pair of rank 1."""
+    header, _ = tensors.make_header([("q.lora_A.weight", "F32", (1, len(a))), ("q.lora_B.weight", "F32", (len(b), 1))])
+    return header + np.array([*a, *b], np.float32).tobytes()
+
+
+async def test_a_round_with_a_lora_rule_says_how_far_it_is_from_the_exact_mean(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.begin("a", "b", method={"type": "lora", "rank": 1}, aggregation={"rule": "svd"})
+    updates = {"hq": pair_file([1, 1, 1], [0, 0]), "a": pair_file([1, 0, 0], [2, 0]), "b": pair_file([0, 1, 0], [0, 1])}
+    async with bench.driven() as controller:
+        for site, content in updates.items():
+            await until(lambda site=site, content=content: bench.hand_in(site, content))
+            controller.wake()
+        await until(lambda: bench.store.views.job("j").state is s.JobState.COMPLETED)
+    # The mean is diag(1, 0.5), and one direction holds the larger of the two.
+    [ended] = [found for found in bench.store.views.rounds("j", last=2) if found.number == 1]
+    assert abs(ended.metrics["aggregation_error"] - 0.2**0.5) < 1e-6
+    version = bench.store.views.model("j", version=1)
+    assert bench.blobs.path(version.digest).read_bytes() == pair_file([1, 0, 0], [1, 0])
 
 
 async def test_a_pause_uses_up_no_second_of_service(tmp_path: Path) -> None:

@@ -133,6 +133,42 @@ def test_an_adapter_keeps_its_name(door: Any, take: Any):
     assert names_in(directory) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "silotune.json"]
 
 
+def test_what_stands_between_or_beside_the_factors_becomes_part_of_a_plain_adapter(door: Any, take: Any):
+    random = np.random.default_rng(3)
+    shapes = {
+        "m.q.lora_A.weight": (2, 5), "m.q.lora_B.weight": (4, 2), "m.q.fold_A.weight": (3, 5),
+        "m.q.fold_B.weight": (4, 3), "m.v.lora_A.weight": (2, 5), "m.v.lora_B.weight": (4, 2), "score": (2, 4),
+    }  # fmt: skip
+    version = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    fields = {**FIELDS, "method": {"type": "lora", "rank": 2, "alpha": 6}, "aggregation": {"rule": "fedex"}}
+    offer(door, fields=fields, model=tensor_file(version), files={"adapter_config.json": b'{"r": 2, "lora_alpha": 6}'})
+    directory = take()
+    found = load_file(directory / "adapter_model.safetensors")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert found.keys() == {name for name in shapes if "fold" not in name}
+    assert np.array_equal(found["score"], version["score"])
+    for layer in ("m.q", "m.v"):
+        b, a = found[f"{layer}.lora_B.weight"], found[f"{layer}.lora_A.weight"]
+        rank, alpha = (
+            config["rank_pattern"].get(layer, config["r"]),
+            config["alpha_pattern"].get(layer, config["lora_alpha"]),
+        )
+        wanted = version[f"{layer}.lora_B.weight"] @ version[f"{layer}.lora_A.weight"]
+        if layer == "m.q":
+            wanted = wanted + version["m.q.fold_B.weight"] @ version["m.q.fold_A.weight"]
+        assert rank == a.shape[0] == b.shape[1]
+        assert np.allclose(alpha / rank * b @ a, 3 * wanted, atol=1e-5)
+
+
+def test_an_adapter_without_a_readable_configuration_is_refused(door: Any, take: Any):
+    fields = {**FIELDS, "method": {"type": "lora", "rank": 1}, "aggregation": {"rule": "fedex"}}
+    version = tensor_file({"q.lora_A.weight": ramp(1, 2), "q.lora_B.weight": ramp(2, 1)})
+    for files in ({}, {"adapter_config.json": b"[1]"}, {"adapter_config.json": b"{"}):
+        offer(door, fields=fields, model=version, files=files)
+        with pytest.raises(CorruptData, match=r"adapter_config\.json"):
+            take(force=True)
+
+
 def test_a_synthetic_model_has_no_card(door: Any, take: Any):
     offer(door, fields=SYNTHETIC, files={})
     assert names_in(take()) == ["model.safetensors", "silotune.json"]

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from coordinator import job_cli
-from protos.v1 import operator_pb2
+from coordinator import job_cli, recipe
+from protos.v1 import agent_pb2, operator_pb2
 from tests.unit.coordinator.conftest import add_job, facts_of
 
 RECIPE = 'name = "noise"\nrounds = 2\n[task]\ntype = "synthetic"\n[local]\nsteps = 1\n'
@@ -31,6 +31,85 @@ def test_a_dry_run_submits_nothing(door: Any, silotune: Any, recipe_file: Path):
     result = silotune(job_cli.job, "submit", str(recipe_file), "--dry-run")
     assert result.stdout.startswith("noise: the recipe is valid; nothing was submitted.")
     assert not door.submissions
+
+
+LORA_RECIPE = """
+name = "notes"
+rounds = 4
+[task]
+type = "causal-lm"
+max_length = 512
+[data]
+name = "notes"
+[base_model]
+name = "llama"
+[method]
+type = "lora"
+targets = ["q_proj"]
+[local]
+steps = 5
+batch_size = 8
+[evaluation]
+where = []
+metric = "loss"
+"""
+
+
+def holder(name: str, *, gpu_memory_bytes: int) -> operator_pb2.SiteView:
+    """A site that holds a model of 1.1 billion parameters."""
+    layers = agent_pb2.LinearLayers(name="layers.*.q_proj", out_features=4096, in_features=4096, count=64)
+    base = agent_pb2.BaseModelInfo(
+        name="llama",
+        digest="a" * 64,
+        parameters=64 << 24,
+        hidden_size=4096,
+        layers=64,
+        vocabulary=1000,
+        linear=[layers],
+    )
+    agent = agent_pb2.AgentInfo(
+        device="cuda:0 (L4)", gpu_memory_bytes=gpu_memory_bytes, memory_bytes=64 << 30, free_disk_bytes=1 << 40,
+        base_models=[base],
+    )  # fmt: skip
+    return operator_pb2.SiteView(name=name, state="ENROLLED", connected=True, agent=agent)
+
+
+def test_a_plan_says_bytes_memory_and_hours_and_submits_nothing(door: Any, silotune: Any, recipe_file: Path):
+    recipe_file.write_text(LORA_RECIPE)
+    door.sites = [holder("gard", gpu_memory_bytes=24 << 30)]
+    before = add_job(door, state=operator_pb2.JOB_STATE_COMPLETED)
+    update = before.rounds[0].updates[0]
+    update.site, update.steps, update.metrics["steps_per_second"] = "gard", 5, 0.5
+    before.spec_json = recipe.read(recipe_file).canonical_json
+    result = silotune(job_cli.job, "plan", str(recipe_file))
+    assert result.exit_code == 0, result.stdout
+    assert "gard" in result.stdout
+    # 64 pairs of 8 x 4096: 16.8 MB of values up and down in each of 4 rounds.
+    assert "Training: 64.1 MiB up and 64.1 MiB down in 4 rounds, 128.1 MiB in all" in result.stdout
+    assert "Flower sends them: 128.1 MiB" in result.stdout
+    assert "0:00:40" in result.stdout
+    told = facts_of(silotune(job_cli.job, "plan", str(recipe_file), "--format", "json"))
+    assert (told["seconds"], told["unmeasured"], told["refusals"]) == (40.0, [], [])
+    assert told["sites"][0]["has"]["gpu_memory_bytes"] == 24 << 30
+    assert told["sites"][0]["needs"]["device"] > 4 * (64 << 24)
+    assert not door.submissions
+
+
+def test_a_plan_that_cannot_fit_is_exit_code_3_and_says_what_would(door: Any, silotune: Any, recipe_file: Path):
+    recipe_file.write_text(LORA_RECIPE)
+    door.sites = [holder("gard", gpu_memory_bytes=4 << 30), holder("ninds", gpu_memory_bytes=24 << 30)]
+    result = silotune(job_cli.job, "plan", str(recipe_file))
+    assert result.exit_code == 3
+    assert "Cannot fit: gard needs about" in result.stdout
+    assert 'It would fit with base_model.dtype = "bfloat16"' in result.stdout
+    assert "not measured yet" in result.stdout
+
+
+def test_a_plan_without_a_site_that_holds_the_model_says_so(door: Any, silotune: Any, recipe_file: Path):
+    recipe_file.write_text(LORA_RECIPE)
+    result = silotune(job_cli.job, "plan", str(recipe_file))
+    assert result.exit_code == 0
+    assert "Nothing can be planned: no enrolled site has reported the layers of base model 'llama'." in result.stdout
 
 
 def test_the_same_submit_token_gives_the_same_job(silotune: Any, recipe_file: Path):

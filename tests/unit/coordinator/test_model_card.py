@@ -101,3 +101,54 @@ def test_the_usage_of_an_adapter_begins_from_its_base_model():
     usage = model_card.usage(spec_of(method={"type": "lora"}), directory="model")
     compile(usage, "usage", "exec")
     assert 'from_pretrained("mini-lm"' in usage
+
+
+TEACHING = {
+    **FIELDS,
+    "task": {"type": "causal-lm", "max_length": 256},
+    "evaluation": {"metric": "medqa_accuracy", "benchmarks": ["medqa"]},
+}
+
+
+def asked(version: int, *, right: float, unparseable: float) -> operator_pb2.EvaluationView:
+    shares = {"questions": 200.0, "accuracy": right, "unparseable": unparseable, "option_accuracy": 0.75}
+    metrics = {"loss": 1.25, **{f"medqa_{name}": value for name, value in shares.items()}}
+    return operator_pb2.EvaluationView(version=version, site="house", split="validation", examples=9, metrics=metrics)
+
+
+def taught() -> str:
+    spec = jobspec.parse(TEACHING)
+    model = model_of(spec)
+    del model.evaluations[:]
+    model.evaluations.extend([asked(4, right=0.5, unparseable=0.0), asked(5, right=0.25, unparseable=0.5)])
+    return model_card.card(model, spec=spec, files=FILES)
+
+
+def test_the_card_of_a_language_model_speaks_of_prompts_and_not_of_labels():
+    text = taught()
+    _, front, _ = text.split("---\n", 2)
+    assert yaml.safe_load(front)["pipeline_tag"] == "text-generation"
+    assert "trained on prompts in one form, `alpaca`" in text
+    assert "abels" not in text
+    assert "task's head" not in text
+
+
+def test_the_card_has_the_answers_to_questions_in_a_table_of_their_own():
+    text = taught()
+    assert "| split | at | rows | loss |" in text
+    assert "| validation | house | medqa | 200 | 50.00 | 0.00 |  | 75.00 |" in text
+
+
+def test_the_card_explains_why_later_rounds_were_worse():
+    text = taught()
+    assert "medqa, version 4: 50.00 % of 200 answers are right (95 % interval 43.14 to 56.86 %)." in text
+    assert "medqa, version 5: 25.00 %, 25.00 points fewer. Format makes 25.00 of them" in text
+
+
+def test_the_usage_of_a_language_model_generates():
+    spec = jobspec.parse(TEACHING)
+    adapter = jobspec.parse({**TEACHING, "method": {"type": "lora"}})
+    for usage in (model_card.usage(spec, directory="m"), model_card.usage(adapter, directory="m")):
+        compile(usage, "usage", "exec")
+        assert 'pipeline("text-generation"' in usage
+    assert 'from_pretrained("mini-lm")' in model_card.usage(adapter, directory="m")

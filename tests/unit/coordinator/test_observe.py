@@ -12,8 +12,10 @@ import structlog
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import insert
 
 from coordinator import observe
+from coordinator.storage import schema
 from coordinator.storage.store import Store
 from protos import jobspec
 from protos.identity import Role
@@ -67,6 +69,26 @@ def test_jobs_and_sites_are_shown_as_they_stand_in_the_store(store: Store):
         NOW + 5000
     )
     assert found["silotune_disk_spare_bytes", ()] == 77
+
+
+def test_the_error_of_the_last_aggregation_is_told_where_there_is_one(store: Store):
+    add_job(store, "j1")
+    add_job(store, "j2")
+    times = {"opened_at": 0.0, "deadline_at": 9.0, "ended_at": 5.0}
+    with store.database.write() as connection:
+        for job, metrics in (("j1", {"aggregation_error": 0.25}), ("j2", None)):
+            connection.execute(
+                insert(schema.rounds).values(
+                    job_id=job, number=1, attempt=1, phase="COMMITTED", cohort=["here"], **times
+                )
+            )
+            connection.execute(
+                insert(schema.commands).values(
+                    job_id=job, round=1, generation=1, state="DONE", contributions=[], queued_at=1.0, metrics=metrics
+                )
+            )
+    found = {labels: value for (name, labels), value in scrape(store).items() if name == "silotune_aggregation_error"}
+    assert found == {(("job", "j1"),): 0.25}
 
 
 def test_without_its_database_a_scrape_still_answers_and_invents_nothing(tmp_path: Path):

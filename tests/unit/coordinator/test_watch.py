@@ -181,3 +181,31 @@ def test_a_watch_of_a_finished_job_ends_at_once(door: Any, capsys: pytest.Captur
     with OperatorClient(load_profile(door.profile())) as client:
         assert watch.watch(client, job="j1", output=Output(as_json=False)) == 0
     assert capsys.readouterr().out == "COMPLETED, round 2 of 3: the job is complete\n"
+
+
+def test_the_details_say_how_the_answers_changed_after_the_best_version():
+    spec = jobspec.parse(
+        {
+            "name": "teaching",
+            "task": {"type": "causal-lm"},
+            "data": {"name": "notes"},
+            "base_model": {"name": "llama"},
+            "local": {"steps": 2},
+            "rounds": 3,
+            "evaluation": {"where": ["house"], "metric": "medqa_accuracy", "benchmarks": ["medqa"]},
+        }
+    )
+    state = state_of()
+    state.spec_json = spec.canonical_json
+    for version, right, unparseable in ((1, 0.5, 0.0), (2, 0.25, 0.5)):
+        shares = {"questions": 200.0, "accuracy": right, "unparseable": unparseable}
+        metrics = {f"medqa_{name}": value for name, value in shares.items()}
+        state.evaluations.append(
+            operator_pb2.EvaluationView(version=version, site="house", split="validation", examples=9, metrics=metrics)
+        )
+    console = Console(file=io.StringIO(), width=400)
+    for part in watch.details(state, house={"house"}):
+        console.print(part)
+    text = console.file.getvalue()
+    assert "medqa, version 1: 50.00 % of 200 answers are right" in text
+    assert "medqa, version 2: 25.00 %, 25.00 points fewer." in text

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -31,11 +31,10 @@ PLACES = [
 @functools.cache
 def help_of(script: str, *path: str) -> str:
     module, _, function = SCRIPTS[script].partition(":")
-    code = f"import sys; sys.argv[0] = {script!r}; from {module} import {function}; sys.exit({function}())"
-    command = [sys.executable, "-c", code, *path, "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, f"`{script} {' '.join(path)} --help` fails: {done.stderr[-500:]}"
-    return done.stdout
+    command = getattr(importlib.import_module(module), function)
+    shown = CliRunner().invoke(command, [*path, "--help"], prog_name=script)
+    assert shown.exit_code == 0, f"`{script} {' '.join(path)} --help` fails: {shown.output[-500:]}"
+    return shown.output
 
 
 def check(line: list[str]) -> None:

@@ -24,6 +24,8 @@ from transformers import (
 
 from client_agent.settings import DataSet
 from client_agent.taskdir import TaskResult, TaskSpec, write_spec
+from client_agent.training.prompts import ALPACA
+from client_agent.training.small_llama import Pretraining, Sizes, make
 from client_agent.training.tasks import Warm, Work
 
 LABELS = ("drug", "lab", "symptom")
@@ -133,6 +135,58 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[architecture]
 
     return of
+
+
+def make_instructions(*, rows: int, start: int = 0) -> list[dict[str, str]]:
+    """Questions of different lengths, every third with an input, whose answers follow from one word."""
+    found = []
+    for row in range(start, start + rows):
+        label = LABELS[row % 3]
+        word = WORDS[label].split()[row % 2]
+        found.append(
+            {
+                "instruction": f"What is {word} "
+                + " ".join(FILLER[(row * 3 + i) % len(FILLER)] for i in range(row % 7)),
+                "input": f"note {row}" if row % 3 == 0 else "",
+                "output": f"It is a {label} like {WORDS[label]}." + " It is." * (row % 4),
+            }
+        )
+    return found
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers and 64 units with random weights, as a hub would hold it."""
+    directory = tmp_path_factory.mktemp("llama")
+    texts = [text for row in make_instructions(rows=40) for text in (*row.values(), ALPACA.prompt)]
+    sizes = Sizes(vocabulary=400, hidden=64, layers=2, heads=4, key_value_heads=2, positions=256)
+    make(directory, texts=texts, sizes=sizes, pretraining=Pretraining(), seed=0)
+    return directory
+
+
+@pytest.fixture
+def teaching_site(tmp_path: Path, language_model: Path) -> Site:
+    """A site with a table of instructions. Its recipes name `causal_recipe`'s fields."""
+    path = tmp_path / "instructions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_instructions(rows=40)))
+    return Site(
+        tmp_path, language_model, DataSet(path=str(path), instruction="instruction", validation=0.2, test=str(path))
+    )
+
+
+def causal_recipe(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "task": {"type": "causal-lm", "max_length": 96},
+        "data": {"name": "notes"},
+        "base_model": {"name": "tiny-llama"},
+        "method": {"type": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]},
+        "local": {"steps": 3, "batch_size": 8, "learning_rate": 1e-3},
+        "evaluation": {"metric": "loss"},
+        "rounds": 4,
+        "seed": 11,
+        **changes,
+    }
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 
 from client_agent.taskdir import CHECKPOINT, UPDATE, Paused, TaskResult, TaskSpec, checkpoint_step
 from client_agent.training.tasks import Warm, Work
-from tests.unit.client_agent.training.conftest import Site
+from tests.unit.client_agent.training.conftest import Site, causal_recipe
 
 # 29 rows in batches of 8: four steps are an epoch.
 STEPS = 7
@@ -66,6 +66,23 @@ def test_a_paused_training_ends_with_the_bits_of_an_undisturbed_one(site: Site, 
     assert (last.directory / UPDATE).read_bytes() == (calm.directory / UPDATE).read_bytes()
     assert last.result and calm.result and last.result.metrics["loss"] == calm.result.metrics["loss"]
     assert last.result.steps == STEPS
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_so_does_one_of_a_quantised_language_model(teaching_site: Site, packing: bool) -> None:
+    recipe = causal_recipe(
+        base_model={"name": "tiny-llama", "quantization": "nf4"},
+        task={"type": "causal-lm", "max_length": 128, "packing": packing},
+        method={"type": "lora", "rank": 2, "dropout": 0.3, "targets": ["q_proj", "v_proj"]},
+        local={"steps": STEPS, "batch_size": 8, "micro_batch_size": 3, "gradient_checkpointing": True},
+    )
+    init, _ = teaching_site.run("init", teaching_site.task("init", recipe=recipe))
+    task = teaching_site.task("train", recipe=recipe, model=init / UPDATE)
+    calm = Sitting(teaching_site, task, name="calm")
+    Sitting(teaching_site, task, pause_after=3)
+    last = Sitting(teaching_site, task)
+    assert last.steps == [3, 4, 5, 6, 7]
+    assert (last.directory / UPDATE).read_bytes() == (calm.directory / UPDATE).read_bytes()
 
 
 def test_the_micro_batch_size_that_fitted_is_kept(site: Site) -> None:

@@ -13,7 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from client_agent.settings import DataSet
-from client_agent.training.data import Rows, fingerprint, read_rows, without_content
+from client_agent.training.data import (
+    Instruction,
+    Instructions,
+    Rows,
+    fingerprint,
+    read_instructions,
+    read_rows,
+    without_content,
+)
+from client_agent.training.data import read as read_any
 from protos.errors import SiteConfigInvalid
 
 LABELS = ("no", "yes")
@@ -233,6 +242,83 @@ def test_a_fingerprint_changes_with_the_file_and_the_configuration(tmp_path: Pat
     assert before == fingerprint(first, name="notes", split="train")
     write(path, "text,label\nxy,yes\n")
     assert before != fingerprint(first, name="notes", split="train")
+
+
+def taught(path: Path, *, split: Any = "train", **settings: Any) -> Instructions:
+    fields = {"validation": 0, "instruction": "instruction", **settings}
+    return read_instructions(DataSet(path=str(path), **fields), name="notes", split=split)
+
+
+def test_instructions_read_alike_from_the_three_formats(tmp_path: Path) -> None:
+    columns = {
+        "instruction": ["What is it?", "Why, then?"],
+        "input": ["", "a note"],
+        "output": ["A cough.", 'He said "so".'],
+    }
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    csv_file = write(
+        tmp_path / "a.csv", 'instruction,input,output\nWhat is it?,,A cough.\n"Why, then?",a note,"He said ""so""."\n'
+    )
+    jsonl = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    parquet = write_parquet(tmp_path / "a.parquet", {"id": [1, 2], **columns})
+    expected = Instructions([Instruction(**row) for row in rows], 0)
+    assert taught(csv_file) == taught(jsonl) == taught(parquet) == expected
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_table_may_lack_an_input_unless_one_was_named(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        write_parquet(path, {"front": ["x"], "back": ["y"]})
+    else:
+        write(path, "front,back\nx,y\n" if ending == "csv" else '{"front": "x", "back": "y"}\n')
+    named = {"instruction": "front", "output": "back"}
+    assert taught(path, **named).rows == [Instruction("x", "", "y")]
+    with pytest.raises(SiteConfigInvalid, match="no column 'context'; the columns are 'front', 'back'") as caught:
+        taught(path, **named, input="context")
+    assert "instruction, input and output" in caught.value.hint
+    assert "front" not in without_content(caught.value)
+
+
+def test_rows_without_an_instruction_or_an_output_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "instruction,output\nx,y\n,y\nx, \n\nz,w\n")
+    found = taught(path)
+    assert ([row.instruction for row in found.rows], found.skipped) == (["x", "z"], 3)
+    with pytest.raises(SiteConfigInvalid, match=r"no usable rows for train \(1 rows, 1 skipped\)"):
+        taught(write(tmp_path / "b.csv", "instruction,output\nx,\n"))
+
+
+def test_an_output_that_is_no_text_is_named_with_its_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"instruction": "x", "output": "y"}\n{"instruction": "x", "output": 5}\n')
+    with pytest.raises(SiteConfigInvalid, match="row 2: column 'output' holds int values") as caught:
+        taught(path)
+    assert "Set output under [data.notes]" in caught.value.hint
+    undecodable = write(tmp_path / "a.csv", b"instruction,output\nx,caf\xe9\n")
+    with pytest.raises(SiteConfigInvalid, match="row 1: column 'output' holds bytes that are not utf-8"):
+        taught(undecodable)
+
+
+def test_a_share_of_instructions_is_split_off_by_what_is_asked(tmp_path: Path) -> None:
+    rows = [f"question {number % 50},note {number % 3},answer {number}\n" for number in range(300)]
+    path = write(tmp_path / "a.csv", "instruction,input,output\n" + "".join(rows))
+    train, held = taught(path, validation=0.2), taught(path, validation=0.2, split="validation")
+    asked = [{(row.instruction, row.input) for row in part.rows} for part in (train, held)]
+    assert len(train) + len(held) == 300
+    assert held.rows
+    assert asked[0].isdisjoint(asked[1])
+
+
+def test_a_data_set_is_of_labels_or_of_instructions(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label,instruction,output\nx,yes,ask,tell\n")
+    labels, instructions = DataSet(path=str(path), validation=0), DataSet(path=str(path), instruction="instruction")
+    assert isinstance(read_any(labels, name="notes", split="train"), Rows)
+    assert isinstance(read_any(instructions, name="notes", split="train"), Instructions)
+    with pytest.raises(SiteConfigInvalid, match="no table of instructions, which this job needs"):
+        read_instructions(labels, name="notes", split="train")
+    with pytest.raises(SiteConfigInvalid, match="no table of texts and labels, which this job needs"):
+        read_rows(instructions, name="notes", labels=None, split="train")
+    with pytest.raises(ValueError, match="instruction and text describe two tables"):
+        DataSet(path="a.csv", instruction="instruction", text="note")
 
 
 def test_reading_rows_loads_no_model_library() -> None:

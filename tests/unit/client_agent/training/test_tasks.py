@@ -275,6 +275,20 @@ def test_roberta_counts_its_positions_from_behind_the_padding(site: Site, base_m
                 site.run("too-long", task)
 
 
+@pytest.mark.parametrize("base", [{"quantization": "nf4"}, {"quantization": "int8"}, {"dtype": "bfloat16"}])
+def test_a_frozen_encoder_may_be_smaller_than_its_new_head(site: Site, base: dict[str, str]) -> None:
+    losses = []
+    for name, changes in {"whole": {}, "small": base}.items():
+        recipe = site.recipe(base_model={"name": "tiny-encoder", **changes}, method=LORA | {"dropout": 0.0})
+        init, _ = site.run(f"init-{name}", site.task("init", recipe=recipe))
+        update, result = site.run(f"train-{name}", site.task("train", recipe=recipe, model=init / UPDATE))
+        losses.append(result.metrics["loss"])
+        assert {tensor.dtype for tensor in load_file(update / UPDATE).values()} == {torch.float32}
+        assert result.metrics["update_norm"] > 0
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+
+
 def test_adapters_may_go_to_all_linear_layers(site: Site) -> None:
     recipe = site.recipe(method=LORA | {"targets": ["all-linear"]})
     init, _ = site.run("init", site.task("init", recipe=recipe))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from client_agent.settings import trainer_environment
 from client_agent.taskdir import UPDATE, checkpoint_step, read_result
 from client_agent.training.tasks import Warm
 from tests.unit.client_agent.training.conftest import Site
@@ -27,7 +27,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "client_agent.training.worker"],
             cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            env={**trainer_environment(), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -76,7 +76,7 @@ def test_a_worker_does_task_after_task_and_its_output_equals_that_of_a_fresh_one
     training = [event for event in events if event.get("stage") == "training"]
     assert (training[0]["done"], training[-1]["done"], training[-1]["total"]) == (0, 3, 3)
     assert training[-1]["unit"] == "steps"
-    assert training[-1]["metrics"].keys() == {"loss", "learning_rate"}
+    assert training[-1]["metrics"].keys() == {"loss", "learning_rate", "tokens_per_second"}
     evaluation = site.write("evaluation", site.task("evaluate", recipe=recipe, model=first / UPDATE))
     assert worker.run(evaluation)[-1] == {"event": "done"}
 

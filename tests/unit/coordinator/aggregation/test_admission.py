@@ -9,6 +9,7 @@ import pytest
 
 from coordinator.aggregation.admission import check_update, read_layout
 from protos import tensors
+from protos.encodings import Named
 from protos.errors import UpdateRejected
 
 
@@ -22,8 +23,8 @@ def write(path: Path, values: dict[str, np.ndarray]) -> Path:
 GOOD = {"a": np.ones((3, 4), np.float32), "b": np.zeros(5, np.float32)}
 
 
-def expected(tmp_path: Path) -> tensors.Layout:
-    return read_layout(write(tmp_path / "global", GOOD))
+def expected(tmp_path: Path) -> list[Named]:
+    return read_layout(write(tmp_path / "global", GOOD)).named
 
 
 def test_an_update_like_the_global_model_is_admitted(tmp_path: Path) -> None:

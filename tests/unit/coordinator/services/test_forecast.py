@@ -11,7 +11,20 @@ from protos.identity import Role
 
 NOW = 1000.0
 # The 22M-parameter encoder: 30,522 words, six layers of 384.
+WIDTHS = {
+    "attention.self.query": (384, 384),
+    "attention.self.key": (384, 384),
+    "attention.self.value": (384, 384),
+    "attention.output.dense": (384, 384),
+    "intermediate.dense": (1536, 384),
+    "output.dense": (384, 1536),
+}
+LINEAR = [{"name": "pooler.dense", "out_features": 384, "in_features": 384, "count": 1}] + [
+    {"name": f"encoder.layer.*.{name}", "out_features": out, "in_features": into, "count": 6}
+    for name, (out, into) in WIDTHS.items()
+]
 MINILM = {"name": "minilm", "digest": "a" * 64, "parameters": "22713216", "hidden_size": 384, "layers": 6}
+MINILM |= {"vocabulary": 30522, "linear": LINEAR}
 GB = 10**9
 
 
@@ -41,20 +54,25 @@ def warned(job: jobspec.JobSpec, *sites: SiteRow, spare_bytes: int = 100 * GB) -
     ("changes", "size"),
     [
         ({}, "90.9 MB"),
-        ({"method": {"type": "full", "freeze_embeddings": True}}, "42.5 MB"),
+        ({"method": {"type": "full", "freeze_embeddings": True}}, "43.1 MB"),
         ({"base_model": {"name": "minilm", "layers": 3}}, "69.6 MB"),
-        ({"method": {"type": "lora", "rank": 8}}, "298 kB"),
+        ({"method": {"type": "lora", "rank": 8}}, "301 kB"),
         ({"task": {"type": "synthetic", "payload_mb": 3}, "data": None, "base_model": None}, "3.0 MB"),
     ],
 )
 def test_the_size_of_what_travels_is_estimated_from_what_a_site_reported(changes: dict[str, Any], size: str):
     said = " ".join(estimates(spec(**changes), sites=[site("a"), site("b")]))
-    assert f"About {size} to and from each site" in said
+    assert f"About {size} to and {size} from each site a round" in said
     assert "10 rounds with 2 sites each" in said
 
 
 def test_without_a_reported_base_model_nothing_is_made_up():
     assert "not known" in " ".join(estimates(spec(), sites=[site("a", base_models=[])]))
+
+
+def test_an_agent_that_does_not_say_which_layers_its_model_has_leaves_the_size_unknown():
+    old = {name: value for name, value in MINILM.items() if name not in ("linear", "vocabulary")}
+    assert "not known" in " ".join(estimates(spec(), sites=[site("a", base_models=[old])]))
 
 
 def test_nothing_is_warned_of_when_everything_is_there():
@@ -77,6 +95,19 @@ def test_nothing_is_warned_of_when_everything_is_there():
             "house agent h is not connected",
         ),
         ({"evaluation": {"test": True}}, [site("a"), site("h", role=Role.HOUSE, data_sets=[])], "h has no data set"),
+        (
+            {
+                "task": {"type": "causal-lm"},
+                "evaluation": {"where": ["house"], "metric": "loss", "benchmarks": ["pubmedqa"]},
+            },
+            [site("a"), site("h", role=Role.HOUSE)],
+            "h has no data set named 'pubmedqa': it is not measured there.",
+        ),
+        (
+            {"local": {"steps": 1, "batch_size": 4096}},
+            [site("a", memory_bytes=str(8 * GB))],
+            "a needs about 88.0 GB of memory and has 8.0 GB, 4096 rows at a time. It would fit with local.micro",
+        ),
     ],
 )
 def test_what_may_stand_in_the_way_is_said(changes: dict[str, Any], sites: list[SiteRow], sentence: str):

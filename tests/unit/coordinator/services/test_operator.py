@@ -96,6 +96,23 @@ async def test_the_best_model_comes_with_its_files_and_evaluations(federation: A
         await operator.operator("GetModel", operator_pb2.GetModelRequest(job=task.job_id, version=7))
 
 
+async def test_a_model_comes_with_the_evaluations_of_the_newest_version_too(federation: Any):
+    site = federation.site("st-olav")
+    await federation.submit(evaluation={"where": ["sites"], "metric": "loss"}, rounds=1)
+    task = await site.lease()
+    await site.finish(task, manifest=manifest(await site.upload(task, MODEL)))
+    losses = {0: 0.25, 1: 0.75}
+    while losses:
+        task = await site.lease()
+        if task.kind == agent_pb2.TASK_KIND_EVALUATE:
+            await site.finish(task, examples=5, metrics={"loss": losses.pop(task.version)})
+        else:
+            await site.finish(task, manifest=manifest(await site.upload(task, MODEL)), examples=7, steps=1)
+    request = operator_pb2.GetModelRequest(job=task.job_id, version=0)
+    answer = await federation.operator().operator("GetModel", request)
+    assert [(one.version, one.metrics["loss"]) for one in answer.evaluations] == [(0, 0.25), (1, 0.75)]
+
+
 @pytest.mark.parametrize("name", ["config/x.json", "..", "", "a" * 300])
 async def test_a_file_of_version_0_has_a_plain_name(federation: Any, name: str):
     site = federation.site("st-olav")

@@ -1,0 +1,136 @@
+"""`silotune lab run`: many sites, one trainer; a lab that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+
+from client_agent.taskdir import read_json
+from client_agent.training import small_llama
+from client_agent.training.small_llama import Pretraining, Sizes
+from deploy.data.make_samples import ALPACA, ALPACA_COLUMNS, QUESTION_COLUMNS, QUESTION_ROWS, QUESTIONS, write
+from deploy.lab.make_llama import lay_out_as_hub_cache, texts
+
+RECIPE = """\
+name = "small"
+rounds = 3
+[task]
+type = "synthetic"
+payload_mb = 0.1
+train_seconds = 0.5
+[local]
+steps = 4
+[cohort]
+quorum = 4
+[evaluation]
+where = ["house"]
+metric = "loss"
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> list[str]:
+    """The command that runs it."""
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "lab.toml").write_text("sites = 4\n")
+    return [str(Path(sys.executable).parent / "silotune"), "lab", "run", str(tmp_path), "--out", str(tmp_path / "out")]
+
+
+def test_a_lab_that_was_killed_goes_on_with_the_same_job_and_all_sites_share_one_trainer(
+    experiment: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = subprocess.Popen(experiment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while read_json(out / "metrics.json") is None:
+        assert first.poll() is None, (out / "logs" / "coordinator.log").read_text()
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    before = read_json(out / "metrics.json")["job"]
+    assert before["state"] != "COMPLETED"
+
+    # Nothing of the first may hold the folder: its processes end with it.
+    done = subprocess.run(experiment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "metrics.json").read_text())
+    assert (found["job"]["id"], found["job"]["state"]) == (before["id"], "COMPLETED")
+    assert [entry["number"] for entry in found["rounds"]] == [1, 2, 3]
+    sites = {f"site-{number:02}" for number in range(1, 5)}
+    assert all({update["site"] for update in entry["updates"]} == sites for entry in found["rounds"])
+    second_start = (out / "logs" / "sites.log").read_text().split("The sites run.")[-1]
+    assert second_start.count("A trainer was started.") == 1
+
+    again = subprocess.run([*experiment, "--rounds", "4"], capture_output=True, text=True)
+    assert again.returncode == 5 and "another experiment" in again.stderr
+
+
+SHIPPED = Path(__file__).parents[2] / "deploy"
+HUB_NAME = "ContactDoctor/Bio-Medical-Llama-3-8B"
+
+
+@pytest.fixture(scope="module")
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama under the large one's name; the directory of its only revision."""
+    made, cache = (tmp_path_factory.mktemp("hub") / name for name in ("made", "cache"))
+    sizes = Sizes(vocabulary=400, hidden=32, layers=1)
+    small_llama.make(made, texts=texts(rows=60), sizes=sizes, pretraining=Pretraining(), seed=1)
+    revision = lay_out_as_hub_cache(made, cache=cache, repository=HUB_NAME)
+    return cache / f"models--{HUB_NAME.replace('/', '--')}" / "snapshots" / revision
+
+
+def run_in_small(directory: Path, *words: str, recipe: str, model: Path) -> dict[str, Any]:
+    """metrics.json of a shipped recipe with two sites, a few held-out rows and four questions of each benchmark."""
+    for name in QUESTION_ROWS:
+        few = pyarrow.parquet.read_table(SHIPPED / "data" / QUESTIONS / f"{name}.parquet").slice(0, 4).to_pylist()
+        write(directory / f"{name}.parquet", [{**row, "context": ""} for row in few], columns=QUESTION_COLUMNS)
+    rows = pyarrow.parquet.read_table(SHIPPED / "data" / ALPACA / "validation.parquet").to_pylist()
+    for name, part in (("rows", rows[:200]), ("held_out", rows[200:240])):
+        write(directory / f"{name}.parquet", part, columns=ALPACA_COLUMNS)
+    (directory / "lab.toml").write_text(f"""\
+recipe = "{SHIPPED}/recipes/flowertune-medical/{recipe}"
+sites = 2
+[data]
+rows = "rows.parquet"
+validation = "held_out.parquet"
+test = "held_out.parquet"
+columns = {{ instruction = "instruction" }}
+benchmarks = {{ pubmedqa = "pubmedqa.parquet", medqa = "medqa.parquet", medmcqa = "medmcqa.parquet" }}
+[model]
+path = "{model}"
+""")
+    command = [
+        str(Path(sys.executable).parent / "silotune"), "lab", "run", str(directory), "--out", str(directory / "out"),
+        "--threads", "1", *words,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads((directory / "out" / "metrics.json").read_text())
+    return found
+
+
+def test_the_recipe_of_the_large_model_runs_a_round_on_a_small_one_that_lies_in_a_hub_cache(
+    hub_cache: Path, tmp_path: Path
+) -> None:
+    few = ("--rounds", "1", "--set", "local.steps=2", "--set", "local.batch_size=2")
+    found = run_in_small(tmp_path, *few, recipe="recipe.toml", model=hub_cache)
+    assert [len(entry["updates"]) for entry in found["rounds"]] == [2]
+    measured = {entry["version"]: entry["metrics"] for entry in found["evaluations"]}
+    assert set(measured) == {0, 1}
+    assert all(metrics[f"{name}_questions"] == 4 for metrics in measured.values() for name in QUESTION_ROWS)
+
+
+def test_the_twin_learns(hub_cache: Path, tmp_path: Path) -> None:
+    # Its few tokens are short, so that a prompt has more of them; and it has learnt nothing yet.
+    words = ("--rounds", "3", "--set", "task.max_length=256", "--set", "local.learning_rate=2e-2")
+    found = run_in_small(tmp_path, *words, recipe="twin.toml", model=hub_cache)
+    assert {len(entry["updates"]) for entry in found["rounds"]} == {2}
+    losses = [entry["metrics"]["loss"] for entry in found["evaluations"] if entry["split"] == "validation"]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.05

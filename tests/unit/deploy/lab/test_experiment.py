@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from coordinator import recipe
+from deploy.lab import experiment
+from deploy.lab.experiment import changed
+from deploy.lab.place import site_tomls
+from deploy.lab.plan import planned
+from protos.errors import InvalidInput, RecipeInvalid
+
+RECIPES = Path(experiment.__file__).parents[1] / "recipes"
+STUDY = RECIPES / "flowertune-medical"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_what_it_names_is_there(path: Path) -> None:
+    if path.name != experiment.FILE:
+        recipe.read(path)
+        return
+    found = experiment.read(path.parent)
+    assert Path(found.recipe).exists() and found.data is not None
+    named = (found.data.rows, found.data.validation, found.data.test, *found.data.benchmarks.values())
+    assert all(Path(str(file)).exists() for file in named)
+
+
+def test_the_study_is_written_as_it_was_run() -> None:
+    """Its settings: Song and Lee, with FlowerTune's template."""
+    spec = recipe.read(STUDY / "recipe.toml")
+    rates = [spec.learning_rate_at(number) for number in range(1, 11)]
+    assert rates[-1] == pytest.approx(1e-6) and rates[0] == pytest.approx(4.88e-5, rel=1e-3)
+    long = recipe.read(STUDY / "recipe-100.toml")
+    assert long.model_copy(update={"rounds": 10, "name": spec.name}) == spec and long.rounds == 100
+
+
+def test_an_option_changes_one_key_and_what_it_makes_is_checked() -> None:
+    plan = planned(STUDY, changes=("local.data_order=same", "method.rank=4"), rounds=3, seed=9, sites=5)
+    assert (plan.spec.local.data_order, plan.spec.rounds, plan.spec.seed) == ("same", 3, 9)
+    assert plan.spec.method.model_dump()["rank"] == 4 and plan.experiment.sites == 5
+    with pytest.raises(RecipeInvalid, match="data_ordr is not a known key"):
+        planned(STUDY, changes=("local.data_ordr=same",))
+    with pytest.raises(InvalidInput, match="is not KEY=VALUE"):
+        changed({}, "local.steps")
+
+
+def test_a_partition_is_typed_as_words_with_colons() -> None:
+    def partition(text: str) -> tuple[str, str, float]:
+        found = planned(STUDY, partition=text).experiment.partition
+        return found.kind, found.by, found.alpha
+
+    assert partition("dirichlet:qtype:0.1") == ("dirichlet", "qtype", 0.1)
+    assert partition("groups:client")[:2] == ("groups", "client")
+    assert partition("quantity:2") == ("quantity", "", 2.0)
+    for wrong in ("dirichlet", "by-hand", "quantity:a", "uniform:1:2"):
+        with pytest.raises(InvalidInput):
+            planned(STUDY, partition=wrong)
+
+
+def test_a_site_of_an_experiment_holds_back_no_rows_and_the_house_agent_holds_the_questions() -> None:
+    plan = planned(STUDY)
+    own, house = site_tomls(plan.experiment, plan.spec, threads=1)
+    assert "validation = 0.0" in own and "pubmedqa" not in own
+    assert set(re.findall(r"\[data\.(\w+)\]", house)) == {"flashcards", "pubmedqa", "medqa", "medmcqa"}
