@@ -7,13 +7,14 @@ whole, because it was checked before it was put there. The name is registered wh
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from client_agent.models import Models
 from client_agent.taskdir import sync_directory
 from protos.digests import base_model_digest, check_digest
-from protos.errors import CorruptData, NotFound
+from protos.errors import InvalidInput, NotFound
 from protos.jobspec import JobSpec
 from protos.model_files import check_base_file
 from protos.v1 import agent_pb2
@@ -49,7 +50,8 @@ async def fetch_missing(
 ) -> None:
     """Registers the job's base model where this site has none of that name; asked only where it may be fetched.
 
-    `download` gives a verified file, which is moved from where it lies into `directory`.
+    `download` gives a verified file, which is moved from where it lies into `directory`. InvalidInput: what lies there
+    in the end is no usable model, or another one.
     """
     if spec.base_model is None or spec.base_model.name in {model.name for model in models.all()}:
         return
@@ -61,6 +63,9 @@ async def fetch_missing(
         if not target.exists():
             (await download(file.blob)).rename(target)
             sync_directory(place)
-    model = await asyncio.to_thread(models.add, name, place)
-    if model.digest != digest:
-        raise CorruptData(f"The fetched base model {name!r} has another digest than its files had.")
+    try:
+        await asyncio.to_thread(models.add, name, place, digest=digest)
+    except InvalidInput:
+        # Damaged here since it was fetched: the next task fetches it anew.
+        await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+        raise

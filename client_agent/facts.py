@@ -108,8 +108,7 @@ def count_rows(home: Home, settings: SiteSettings, *, before: Mapping[str, int] 
 
 def agent_info(home: Home, settings: SiteSettings, *, gpu: str, rows: dict[str, int]) -> agent_pb2.AgentInfo:
     device = choose_device(settings.device, gpu=gpu)
-    number = int(device.partition(":")[2] or 0)
-    there = gpus() if device != "cpu" else ()
+    there = gpus()[int(device.partition(":")[2] or 0) :] if device != "cpu" else ()
     return agent_pb2.AgentInfo(
         version=agent_version(),
         device=f"{device} ({gpu})" if gpu and device != "cpu" else device,
@@ -129,6 +128,6 @@ def agent_info(home: Home, settings: SiteSettings, *, gpu: str, rows: dict[str, 
         ],
         memory_bytes=psutil.virtual_memory().total,
         free_disk_bytes=shutil.disk_usage(home.path).free,
-        gpu_memory_bytes=there[number].memory_bytes if number < len(there) else 0,
+        gpu_memory_bytes=there[0].memory_bytes if there else 0,
         gpus=min(settings.device.processes, len(there)),
     )

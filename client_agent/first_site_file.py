@@ -30,7 +30,7 @@ TEXT = """\
 # [data.advice]                   # a table to tune a language model on
 # path = "advice.jsonl"
 # instruction = "instruction"     # the column with the instruction
-# input = "input"                 # the column with what it is about, where there is one
+# input = "input"                 # the column with what it is about, where there is one besides the instruction
 # output = "output"               # the column with the answer to learn
 #
 # [data.medqa]                    # questions with options, under the name of a benchmark
@@ -50,7 +50,7 @@ name = "auto"          # "auto" takes the first GPU; or "cpu", "cuda:1"
 # --- policy: without this section nothing runs here. Each list names what is allowed; "*" allows all of its kind.
 #
 # [policy]
-# tasks = ["classification"]
+# tasks = ["classification"]      # and "causal-lm", to tune language models on instructions
 # base_models = ["minilm"]        # names or digests (silotune-agent model list)
 # fetch_base_models = true        # such a model is fetched from the coordinator, where it has it and this site does not
 # data_sets = ["answers"]

@@ -83,13 +83,20 @@ class Models:
         return list(models.values())
 
     def add(
-        self, name: str, directory: Path, *, hub: str = "", revision: str = "", on_file: OnFile = lambda name: None
-    ) -> BaseModel:
+        self, name: str, directory: Path, *, hub: str = "", revision: str = "", digest: str = "",
+        on_file: OnFile = lambda name: None,
+    ) -> BaseModel:  # fmt: skip
         """Registers the model in `directory`. Repeating it with the same content changes only where it is from.
 
-        InvalidInput: not a usable model directory. AlreadyExists: the name stands for other content.
+        InvalidInput: not a usable model directory, or not the one of this `digest`. AlreadyExists: the name stands for
+        other content.
         """
         found = inspect_directory(check_model_name(name), directory, on_file=on_file)
+        if digest not in ("", found.digest):
+            raise InvalidInput(
+                f"The files of base model {name!r} are not those that were fetched.",
+                hint="This site's disk may be failing.",
+            )
         model = replace(found, hub=hub, revision=revision)
         known = {entry.name: entry for entry in self.all()}
         if name in known and known[name].digest != model.digest:

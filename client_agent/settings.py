@@ -33,7 +33,7 @@ class DataSet(_Part):
     text: str = "text"
     label: str = "label"
     # Where this names a column, the table holds instructions: what is asked, what it is about (a table may lack a
-    # column of this name), and what to learn.
+    # column of this name, and has none where the column is that of `instruction`), and what to learn.
     instruction: str | None = None
     input: str = "input"
     output: str = "output"

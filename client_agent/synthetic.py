@@ -5,7 +5,8 @@ agent. It walks its files in blocks: a model of any size passes in a few megabyt
 
     version 0   TENSORS of the job's payload size; values 0.02 N(0, 1) from the job's seed, one block repeated
     train       x + noise * p, where p is a block of N(0, 1) from the task's seed, repeated; a checkpoint holds the time
-                that has passed and the steps that it stands for
+                that has passed and the steps that it stands for. While a file hold-<round> lies beside the task's
+                directory it has begun and does not go on: so a test catches it on a machine of any speed
     evaluate    metrics computed from the first values of the model
 """
 
@@ -51,6 +52,7 @@ from protos.tensors import Layout, header_length, make_header, parse_header
 
 BLOCK_VALUES = 1 << 20
 PROGRESS_SECONDS = 0.5
+HOLD_LOOK_SECONDS = 0.05
 VALUE_BYTES = 4
 
 
@@ -250,8 +252,13 @@ def _pass_time(task: TaskSpec, directory: Path, *, steps: int, stage: str, contr
     work = task.work_digest()
     found = read_checkpoint(directory, work=work) if task.kind == "train" else None
     before = saved = found.state["seconds"] if found else 0.0
-    began = time.monotonic() - before
     done = found.step if found else 0
+    hold = directory.parent / f"hold-{task.round}"
+    if task.kind == "train" and hold.exists():
+        say("progress", stage=stage, done=done, total=steps, unit="steps", metrics={})
+        while hold.exists():
+            control.wait(HOLD_LOOK_SECONDS)
+    began = time.monotonic() - before
 
     def save() -> None:
         nonlocal saved

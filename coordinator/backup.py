@@ -135,6 +135,7 @@ def restore(source: Path, *, data: Path, storage: Mapping[str, str], say: Say = 
             for digest in sorted(wanted):
                 _adopt(source / BLOBS / digest[:2] / digest, digest, blobs, directory=blob_directory(found, data))
             with old.read() as reading, new.write() as writing:
+                new.copying(writing)
                 _copy_rows(reading, writing)
                 # Nobody drives the jobs yet, and it is another blob store than before.
                 writing.execute(update(schema.jobs).values(driver=""))
@@ -189,7 +190,9 @@ def _check_target(to: Path, directory: Path) -> None:
 def _copy_database(source: Database, path: Path) -> None:
     for leftover in path.parent.glob(f"{path.name}*"):
         leftover.unlink()
-    with closing(Database.open(f"sqlite:///{path}")) as target, source.read() as reading, target.write() as writing:
+    # The reading ends first: a slow disk's commit is not a part of it.
+    with closing(Database.open(f"sqlite:///{path}")) as target, target.write() as writing, source.read() as reading:
+        source.copying(reading)
         _copy_rows(reading, writing)
 
 

@@ -345,8 +345,6 @@ class Controller:
             if job.spec.encoding.down != "raw":
                 initial = await asyncio.to_thread(self.store.jobs.previous, job_id, version=0)
                 order["down"] = {
-                    "encoding": job.spec.encoding.down,
-                    "block": job.spec.encoding.block,
                     "seed": task_seed(job.spec.seed, round_number=command.round, site=""),
                     "initial": await path(initial["digest"]),
                     "initial_digest": initial["digest"],

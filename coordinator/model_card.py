@@ -160,11 +160,13 @@ def _facts(model: operator_pb2.GetModelResponse, spec: JobSpec) -> str:
     else:
         method = "all weights" + (", embeddings frozen" if spec.method.freeze_embeddings else "")
     layers = f", its first {spec.base_model.layers} layers" if spec.base_model.layers else ""
+    if spec.base_model.quantization != "none":
+        layers += f", in {spec.base_model.quantization}"
     rows = [
         ("base model", f"{spec.base_model.name}{layers}; digest `{model.base_digest}`"),
         ("what was trained", method),
         ("round", f"{model.version} of {spec.rounds}"),
-        ("aggregation", f"weighted mean by {spec.aggregation.weights}"),
+        ("aggregation", f"{spec.aggregation.rule}, weighted by {spec.aggregation.weights}"),
         ("server optimizer", spec.aggregation.server_optimizer.type),
         ("job", f"`{model.job_id}`, recipe `{spec.hash}`"),
         ("version", f"{model.version}, digest `{model.model.digest}`"),
@@ -174,7 +176,7 @@ def _facts(model: operator_pb2.GetModelResponse, spec: JobSpec) -> str:
 
 def _contributors(model: operator_pb2.GetModelResponse) -> str:
     if not model.contributors:
-        return "Nobody yet: version 0 is the base model with a fresh head."
+        return "Nobody yet: nothing in version 0 was trained but the base model."
     total = sum(update.examples for update in model.contributors)
     rows = [(update.site, str(update.examples), str(update.steps)) for update in model.contributors]
     return (

@@ -80,6 +80,9 @@ def _sites(made: Plan) -> Table:
     for each in made.sites:
         site, needs, traffic = each.site, each.needs, each.traffic
         rounds = traffic.rounds or 1
+        if made.ledger is None:
+            shown.add_row(f"{site.name} (house)" if site.house else site.name, _device(each))
+            continue
         shown.add_row(
             f"{site.name} (house)" if site.house else site.name,
             _device(each),
@@ -111,7 +114,10 @@ def _lines(spec: jobspec.JobSpec, made: Plan) -> list[tuple[str, bool]]:
     book = made.ledger
     if book is None:
         what = spec.base_model.name if spec.base_model else ""
-        return [(f"Nothing can be planned: no enrolled site has reported the layers of base model {what!r}.", True)]
+        return [
+            (f"Nothing can be planned: no enrolled site has reported the layers of base model {what!r}.", True),
+            ("`silotune-agent model add` at one of the sites does it.", False),
+        ]
     both = book.up_bytes + book.down_bytes
     said = [
         (
@@ -137,4 +143,4 @@ def _lines(spec: jobspec.JobSpec, made: Plan) -> list[tuple[str, bool]]:
 
 
 def _mib(count: int) -> str:
-    return f"{count / MEBIBYTE:,.1f} MiB"
+    return f"{count / MEBIBYTE:,.1f} MiB" if count >= MEBIBYTE else size(count)

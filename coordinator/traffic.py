@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.rounds.cohort import draw_order
 from coordinator.rounds.state import SiteFact
-from protos.adapters import split_name, update_tensors
+from protos.adapters import moving, split_name, update_tensors
 from protos.encodings import Named, encoded_header
 from protos.jobspec import Classification, Full, JobSpec, Lora, Synthetic
 from protos.recipe_rules import FOLDING_RULES
@@ -134,10 +134,8 @@ def version_bytes(spec: JobSpec, version: Layout, *, number: int) -> int:
     """The file that a site fetches of version `number`. With an encoding each site builds version 0 by itself."""
     if spec.encoding.down == "raw":
         return version.file_bytes
-    tensors = [(tensor.name, tensor.dtype, tensor.shape) for tensor in version.tensors]
-    return (
-        encoded_header(tensors, encoding=spec.encoding.down, block=spec.encoding.block)[1].file_bytes if number else 0
-    )
+    tensors, way = moving(spec, version.named), spec.encoding
+    return encoded_header(tensors, encoding=way.down, block=way.block)[1].file_bytes if number else 0
 
 
 def numpy_bytes(layout: Layout) -> int:

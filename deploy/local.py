@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 # More than an agent may take for saving its training: stop_seconds in client_agent/settings.py.
 STOP_SECONDS = 45.0
 # Below every system's range for outgoing connections: else such a connection may take the port of a node that is down

@@ -8,14 +8,17 @@ recipe's rank, a layer of a version [m out, n in] has
     <layer>.fold_A.weight  [p, n]      <layer>.fold_B.weight  [m, p]      flora, fedex: what was added to the frozen
                                        weights so far, factor x fold_B fold_A; p grows with the rounds
 
-and every other tensor (a head) is trained whole. A site whose rank is lower trains the first columns of B, rows of A,
-and leading block of R.
+and every other tensor (a head) is trained whole. What no round trains (A with ffa-lora, A and B with fed-sb) is in a
+version as it was in version 0, and not in the rounded difference from it that sites fetch. A site whose rank is lower
+trains the first columns of B, rows of A, and leading block of R.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+from protos.encodings import Named
 from protos.jobspec import JobSpec, Lora
 from protos.tensors import Layout
 
@@ -41,6 +44,15 @@ def trained_factors(spec: JobSpec, *, round_number: int) -> frozenset[Factor]:
     return frozenset({"lora_A", "lora_B"})
 
 
+def moving(spec: JobSpec, version: Sequence[Named]) -> list[Named]:
+    """The tensors of a version that some round trains; the others stay as in version 0. Of a job without folds."""
+    if not isinstance(spec.method, Lora):
+        return list(version)
+    # Rounds repeat in pairs.
+    trained = trained_factors(spec, round_number=1) | trained_factors(spec, round_number=2)
+    return [tensor for tensor in version if split_name(tensor[0])[1] in ("", *trained)]
+
+
 def cut_shape(shape: tuple[int, ...], *, factor: Factor, rank: int) -> tuple[int, ...]:
     """The shape of the part of a factor that a site of this rank trains: always the leading part."""
     match factor:
@@ -53,12 +65,10 @@ def cut_shape(shape: tuple[int, ...], *, factor: Factor, rank: int) -> tuple[int
     return shape
 
 
-def update_tensors(
-    spec: JobSpec, version: Layout, *, round_number: int, site: str
-) -> list[tuple[str, str, tuple[int, ...]]]:
+def update_tensors(spec: JobSpec, version: Layout, *, round_number: int, site: str) -> list[Named]:
     """(name, dtype, shape) of what a site's update of this round holds, decoded, in canonical order."""
     if not isinstance(spec.method, Lora):
-        return [(tensor.name, tensor.dtype, tensor.shape) for tensor in version.tensors]
+        return version.named
     trained, rank = trained_factors(spec, round_number=round_number), spec.rank_at(site)
     found = []
     for tensor in version.tensors:

@@ -131,21 +131,25 @@ def write_encoded(
         out.finish()
 
 
-def rebuild(encoded: Path, *, base: Path, encoding: str, block: int, output: Path) -> str:
+def rebuild(
+    encoded: Path, *, base: Path, encoding: str, block: int, output: Path, tensors: Sequence[Named] | None = None
+) -> str:  # fmt: skip
     """Writes `base` plus the decoded difference to `output`, which is on disk then; the digest of what was written.
 
-    UpdateRejected: the file does not hold the tensors of `base` in this encoding.
+    The difference holds `tensors`, all of `base` by default; the others stay as they are. UpdateRejected: it holds
+    something else, or in another encoding.
     """
     with TensorFile(base) as old, TensorFile(encoded, encoded=True) as new:
         named = old.layout.named
-        check_same_tensors(new.layout, encoded_header(named, encoding=encoding, block=block)[1])
+        moved = named if tensors is None else tensors
+        check_same_tensors(new.layout, encoded_header(moved, encoding=encoding, block=block)[1])
         with _Fresh(output) as out:
             out.write(make_header(named)[0])
             for tensor in old.layout.tensors:
-                values = decoded(new, tensor, encoding=encoding, block=block)
+                values = decoded(new, tensor, encoding=encoding, block=block) if tensor.name in new else None
                 then = old.leading(tensor.name, tensor.shape)
                 for start, count in _chunks(tensor.elements):
-                    out.write(then(start, count) + values(start, count))
+                    out.write(then(start, count) + values(start, count) if values else then(start, count))
             return out.finish()
 
 

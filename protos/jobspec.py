@@ -151,8 +151,8 @@ class Evaluation(Part):
     test: bool = False
     # Questions with options, where the evaluating agent has a data set of that name.
     benchmarks: tuple[Literal["pubmedqa", "medmcqa", "medqa"], ...] = ()
-    # Longest answer that is generated for a question.
-    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 8
+    # Longest answer that is generated for a question. Default: as long as the longest option.
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Evaluation:
@@ -185,7 +185,7 @@ LATER_KEYS: tuple[tuple[tuple[str, ...], Any], ...] = (
     (("method", "ranks"), {}),
     (("aggregation", "svd_energy"), 1.0),
     (("evaluation", "benchmarks"), []),
-    (("evaluation", "max_new_tokens"), 8),
+    (("evaluation", "max_new_tokens"), None),
     (("encoding",), Encoding().model_dump(mode="json")),
 )
 
@@ -238,7 +238,7 @@ class JobSpec(Part):
             raise ValueError(f"rule {rule} combines pairs of LoRA factors, so it needs method lora")
         if rule in REBASING_RULES and self.aggregation.server_optimizer.type != "none":
             raise ValueError(f"rule {rule} changes what the factors stand for, so it takes no server_optimizer")
-        if rule in REBASING_RULES and encoding.up != "raw" and encoding.error_feedback:
+        if rule in REBASING_RULES and {encoding.up, encoding.down} != {"raw"} and encoding.error_feedback:
             raise ValueError(f"rule {rule} changes what the factors stand for, so error_feedback must be false")
         if rule in FOLDING_RULES and encoding.down != "raw":
             raise ValueError(f"rule {rule} lets versions grow, so down must be raw under [encoding]")

@@ -92,12 +92,6 @@ def decode(written: NDArray[np.uint8], count: int, *, encoding: str, block: int)
     return values.reshape(-1)[:count]
 
 
-def is_sane(values: Values) -> bool:
-    """Whether decoded values may be added to a model: finite, and not much larger than what `encode` takes."""
-    # A NaN is no larger than anything.
-    return bool(np.abs(values).max(initial=0) <= 2 * LARGEST)
-
-
 def _widened(halves: NDArray[np.uint16]) -> Values:
     """The float32 values of bfloat16 bits."""
     return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -129,11 +129,13 @@ class CausalLanguageModel:
 
     def check(self, network: Any, *, missing: Collection[str], name: str) -> None:
         """InvalidInput: the loaded model is no language model, or cannot keep packed rows apart."""
-        if missing or network.get_output_embeddings() is None:
-            lacks = min(missing, default="an output layer")
+        # An encoder that was trained to fill gaps loads without a fault.
+        looks_ahead = any(getattr(module, "is_causal", True) is False for module in network.get_decoder().modules())
+        if missing or looks_ahead or network.get_output_embeddings() is None:
+            lacks = min(missing, default="attention that looks back only" if looks_ahead else "an output layer")
             raise InvalidInput(
                 f"The base model {name!r} is no causal language model: it lacks {lacks}.",
-                hint="Name a model with an output layer (its architecture ends in ForCausalLM).",
+                hint="Name a decoder with its output layer (its architecture ends in ForCausalLM).",
             )
         # Flash attention is told where rows end, and could not be tried before the model is on its GPU.
         if self.task.packing and not _is_flash(network) and not _keeps_rows_apart(network):

@@ -94,12 +94,15 @@ def read_instructions(data_set: DataSet, *, name: str, split: Split) -> Instruct
             hint=f"Set instruction and output under [data.{name}] in site.toml to the columns with both.",
         )
     columns = {"instruction": data_set.instruction, "input": data_set.input, "output": data_set.output}
+    if data_set.input == data_set.instruction:
+        # As the study reads its flashcards, whose column "instruction" says the same in every row.
+        del columns["input"]
     # Only a column that somebody named must be there.
     optional = frozenset({"input"} if data_set.input == DataSet.model_fields["input"].default else ())
     source = Source(data_set, name, path_of(data_set, name=name, split=split), columns, optional)
 
     def usable(record: Record) -> tuple[str, Instruction] | None:
-        row = Instruction(**{key: source.text(record, key) for key in columns})
+        row = Instruction(**{"input": "", **{key: source.text(record, key) for key in columns}})
         if not row.instruction.strip() or not row.output.strip():
             return None
         return f"{row.instruction}\n{row.input}", row

@@ -14,7 +14,9 @@ from typing import Any
 
 from client_agent.hashing import hash_file
 from client_agent.taskdir import UPDATE, TaskSpec, VersionNeeded, sync_directory
-from protos.encoded_files import Part, Source, rebuild, write_encoded
+from protos import jobspec
+from protos.adapters import moving
+from protos.encoded_files import Part, Source, TensorFile, rebuild, write_encoded
 from protos.encodings import Named
 from protos.errors import UpdateRejected
 
@@ -46,10 +48,13 @@ def _version(task: TaskSpec, *, initial: Path, directory: Path) -> tuple[Path, s
     """The file that should be the version, and its digest."""
     if task.encoded_path is None:
         return initial, hash_file(initial).hexdigest()
-    path, encoding = directory / VERSION, task.spec["encoding"]
+    path, spec = directory / VERSION, jobspec.parse(task.spec)
+    way = spec.encoding
     try:
+        with TensorFile(initial) as file:
+            moved = moving(spec, file.layout.named)
         digest = rebuild(
-            Path(task.encoded_path), base=initial, encoding=encoding["down"], block=encoding["block"], output=path
+            Path(task.encoded_path), base=initial, encoding=way.down, block=way.block, output=path, tensors=moved
         )
     except UpdateRejected:
         # It has other tensors than the job's.

@@ -13,7 +13,10 @@ from protos import tensors
 from protos.encoded_files import TensorFile, decoded
 from protos.encodings import Named, encoded_header
 from protos.errors import UpdateRejected
-from protos.rounding import is_sane
+
+# No weight of a model comes near it, and nothing that is made of such values overflows: no product of factors, and no
+# version that is rounded for the way down (LARGEST in protos/rounding.py).
+LARGEST_ADMITTED = 1e18
 
 
 def read_layout(path: Path) -> tensors.Layout:
@@ -29,7 +32,7 @@ def check_update(
 
     `expected` are the tensors that this site trained (protos.adapters.update_tensors); None for version 0. They are
     written in this encoding. UpdateRejected names the first tensor that is missing, surplus, of another shape or dtype,
-    or not finite. Memory: one block.
+    not finite or absurdly large. Memory: one block.
     """
     with TensorFile(path, encoded=encoding != "raw") as file:
         layout = file.layout
@@ -41,14 +44,14 @@ def check_update(
         for tensor, (_, _, shape) in zip(layout.tensors, sorted(expected or []) or layout.named, strict=True):
             part: Callable[[int, int], np.ndarray]
             if encoding == "raw":
-                part, is_good = _raw(file, tensor), _all_finite
+                part = _raw(file, tensor)
             else:
-                part, is_good = decoded(file, tensor, encoding=encoding, block=block), is_sane
+                part = decoded(file, tensor, encoding=encoding, block=block)
             elements = math.prod(shape)
             for start in range(0, elements, BLOCK_ELEMENTS):
-                if not is_good(part(start, min(BLOCK_ELEMENTS, elements - start))):
+                if not _is_sane(part(start, min(BLOCK_ELEMENTS, elements - start))):
                     raise UpdateRejected(
-                        f"Tensor {tensor.name!r} has values that are not finite (NaN or infinite).",
+                        f"Tensor {tensor.name!r} has values that are not finite, or absurdly large.",
                         hint="The training diverged: a lower learning rate or gradient clipping may help.",
                     )
     return layout
@@ -63,9 +66,10 @@ def _raw(file: TensorFile, tensor: tensors.TensorSpec) -> Callable[[int, int], n
     return read
 
 
-def _all_finite(values: np.ndarray) -> bool:
-    # The dot product is finite for all but absurd values and twice as fast as looking at each of them.
+def _is_sane(values: np.ndarray) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
-        if values.dtype == np.float32 and math.isfinite(float(np.dot(values, values))):
+        # The dot product is twice as fast as looking at each value, and no value is larger than its root.
+        if values.dtype == np.float32 and float(np.dot(values, values)) <= LARGEST_ADMITTED**2:
             return True
-    return bool(np.isfinite(values).all())
+        # A NaN is no smaller than anything.
+        return float(np.abs(values).max(initial=0)) <= LARGEST_ADMITTED

@@ -220,7 +220,9 @@ def _combine_layer(
     """The tensors of one adapter, whole: they are all in `group`, for their names follow one another."""
 
     def read(reader: Reader, shape: tuple[int, ...], dtype: str) -> Matrix:
-        return reader.values(math.prod(shape), DTYPES[dtype]).astype(np.float64).reshape(shape)
+        values = reader.values(math.prod(shape), DTYPES[dtype]).astype(np.float64)
+        # What is not finite was damaged since it was admitted, as the digest will tell; no decomposition gets that far.
+        return np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0).reshape(shape)
 
     factors = {split_name(tensor.name)[1]: tensor for tensor in group}
     old = {factor: read(before, tensor.shape, tensor.dtype) for factor, tensor in factors.items()}

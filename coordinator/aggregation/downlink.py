@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.aggregation.reading import digest_of_file
+from protos.adapters import moving
 from protos.encoded_files import TensorFile, rebuild, write_encoded
 from protos.errors import CorruptData
+from protos.jobspec import JobSpec
 
 
 def round_version(
     version: Path,
     *,
+    spec: JobSpec,
     initial: str,
     initial_digest: str,
-    encoding: str,
-    block: int,
     seed: int,
     encoded: str,
     residual: str = "",
@@ -37,20 +38,23 @@ def round_version(
         if path and digest_of_file(Path(path)) != digest:
             raise CorruptData(f"{what} of the job no longer matches its digest.")
     with TensorFile(version) as new:
-        named = new.layout.named
+        moved, way = moving(spec, new.layout.named), spec.encoding
         write_encoded(
             lambda name: new.leading(name, new.shape(name)),
-            tensors=named,
+            tensors=moved,
             base=Path(initial),
-            encoding=encoding,
-            block=block,
+            encoding=way.down,
+            block=way.block,
             seed=seed,
             output=Path(encoded),
             before=Path(residual) if residual else None,
             residual=Path(residual_output) if residual_output else None,
         )
+    made = rebuild(
+        Path(encoded), base=Path(initial), encoding=way.down, block=way.block, output=version, tensors=moved
+    )  # fmt: skip
     return {
-        "digest": rebuild(Path(encoded), base=Path(initial), encoding=encoding, block=block, output=version),
+        "digest": made,
         "encoded_digest": digest_of_file(Path(encoded)),
         "encoded_size": Path(encoded).stat().st_size,
         "residual_digest": digest_of_file(Path(residual_output)) if residual_output else "",

@@ -55,9 +55,9 @@ def carry_out(command: dict[str, Any]) -> dict[str, Any]:
     except CorruptUpdate as error:
         return {"corrupt_site": error.site}
     answer = asdict(combined)
-    if "down" in command:
+    if spec and "down" in command:
         began = time.perf_counter()
-        answer |= round_version(Path(command["output"]), **command["down"])
+        answer |= round_version(Path(command["output"]), spec=spec, **command["down"])
         answer["seconds"]["encode"] = time.perf_counter() - began
     return answer
 

@@ -33,8 +33,13 @@ def estimates(spec: JobSpec, *, sites: Sequence[SiteRow]) -> list[str]:
     return [*said, f"About {_size(_disk_bytes(spec, sites))} on the coordinator's disk."]
 
 
-def warnings(spec: JobSpec, *, sites: Sequence[SiteRow], spare_bytes: int, now_unix_seconds: float) -> list[str]:
-    """Sentences, each about one thing that the job would wait for or fail on as matters stand."""
+def warnings(
+    spec: JobSpec, *, sites: Sequence[SiteRow], spare_bytes: int, now_unix_seconds: float, is_served: bool = False
+) -> list[str]:
+    """Sentences, each about one thing that the job would wait for or fail on as matters stand.
+
+    `is_served`: the coordinator has the base model for sites that lack it.
+    """
     enrolled = _enrolled(spec, sites)
     names = {site.name for site in enrolled}
     said: list[str] = []
@@ -47,8 +52,8 @@ def warnings(spec: JobSpec, *, sites: Sequence[SiteRow], spare_bytes: int, now_u
         if not site.connected(now_unix_seconds=now_unix_seconds):
             said.append(f"{site.name} is not connected.")
             continue
-        said += _lacks(spec, site)
-    said += _house_warnings(spec, sites, now_unix_seconds=now_unix_seconds)
+        said += _lacks(spec, site, is_served=is_served)
+    said += _house_warnings(spec, sites, now_unix_seconds=now_unix_seconds, is_served=is_served)
     said += _plan(spec, sites).refusals
     needed = _disk_bytes(spec, sites)
     if needed > spare_bytes:
@@ -57,16 +62,19 @@ def warnings(spec: JobSpec, *, sites: Sequence[SiteRow], spare_bytes: int, now_u
     return said
 
 
-def _lacks(spec: JobSpec, site: SiteRow) -> list[str]:
+def _lacks(spec: JobSpec, site: SiteRow, *, is_served: bool) -> list[str]:
     said = []
     if spec.data and spec.data.name not in {data["name"] for data in _reported(site, "data_sets")}:
         said.append(f"{site.name} has no data set named {spec.data.name!r} in its site.toml.")
     if spec.base_model and not _models(spec, site):
-        said.append(f"{site.name} does not have the base model {spec.base_model.name!r} (`silotune-agent model add`).")
+        remedy = "its policy must have fetch_base_models = true" if is_served else "`silotune-agent model add`"
+        said.append(f"{site.name} does not have the base model {spec.base_model.name!r} ({remedy}).")
     return said
 
 
-def _house_warnings(spec: JobSpec, sites: Sequence[SiteRow], *, now_unix_seconds: float) -> list[str]:
+def _house_warnings(
+    spec: JobSpec, sites: Sequence[SiteRow], *, now_unix_seconds: float, is_served: bool
+) -> list[str]:  # fmt: skip
     wanted = "house" in spec.evaluation.where
     if not wanted and not spec.evaluation.test:
         return []
@@ -78,7 +86,7 @@ def _house_warnings(spec: JobSpec, sites: Sequence[SiteRow], *, now_unix_seconds
         if not site.connected(now_unix_seconds=now_unix_seconds):
             said.append(f"The house agent {site.name} is not connected.")
         else:
-            said += _lacks(spec, site)
+            said += _lacks(spec, site, is_served=is_served)
             there = {data["name"] for data in _reported(site, "data_sets")}
             missing = [name for name in spec.evaluation.benchmarks if wanted and name not in there]
             said += [f"{site.name} has no data set named {name!r}: it is not measured there." for name in missing]

@@ -77,7 +77,13 @@ class OperatorService:
         sites, now = self._store.sites.all(), time.time()
         return pb.SubmitJobResponse(
             estimates=estimates(spec, sites=sites),
-            warnings=warnings(spec, sites=sites, spare_bytes=self._blobs.spare_bytes(), now_unix_seconds=now),
+            warnings=warnings(
+                spec,
+                sites=sites,
+                spare_bytes=self._blobs.spare_bytes(),
+                now_unix_seconds=now,
+                is_served=self._store.base_models.serves(spec),
+            ),
         )
 
     async def list_jobs(self, _request: pb.ListJobsRequest, _caller: Caller) -> pb.ListJobsResponse:
@@ -171,7 +177,7 @@ class OperatorService:
 
     def _add_base_model(self, name: str, files: tuple[File, ...]) -> pb.AddBaseModelResponse:
         # Announced before it is looked for: from then on nobody deletes its blobs.
-        self._store.base_models.announce(name, files, complete=False)
+        self._store.base_models.announce(name, files, complete=None)
         missing = [file for file in files if self._blobs.size(file[1]) != file[2]]
         digest = self._store.base_models.announce(name, files, complete=not missing)
         return pb.AddBaseModelResponse(digest=digest, missing=views.file_refs(missing))

@@ -30,8 +30,9 @@ class BaseModels:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def announce(self, name: str, files: tuple[File, ...], *, complete: bool) -> str:
-        """Notes what the name stands for, and whether all of it is here. From now on its blobs are kept.
+    def announce(self, name: str, files: tuple[File, ...], *, complete: bool | None) -> str:
+        """Notes what the name stands for, and whether all of it is here (None: as before). From now on its blobs are
+        kept.
 
         Returns its digest. AlreadyExists: the name stands for other content.
         """
@@ -46,14 +47,19 @@ class BaseModels:
                 )
             if row is None:
                 values = {"name": name, "digest": digest, "files": [list(file) for file in files]}
-                connection.execute(insert(models).values(complete=complete, **values))
-            else:
+                connection.execute(insert(models).values(complete=bool(complete), **values))
+            elif complete is not None:
                 connection.execute(update(models).where(models.c.name == name).values(complete=complete))
         return digest
 
     def all(self) -> list[BaseModelRow]:
         with self._database.read() as connection:
             return _rows(connection)
+
+    def serves(self, spec: jobspec.JobSpec) -> bool:
+        """Whether a site that lacks the job's base model can fetch it."""
+        with self._database.read() as connection:
+            return bool(files_for(connection, spec, base_digest=""))
 
     def expects(self, digest: str, *, size: int) -> bool:
         """Whether a blob of this size is a file of an announced base model."""

@@ -39,6 +39,8 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 LOCK_SECONDS = 20
 # So long may a client in a PostgreSQL transaction say nothing.
 IDLE_SECONDS = 5
+# One that copies all rows: nobody waits for it, and the other end's disk may be slow.
+COPY_SECONDS = 600
 STATEMENT_SECONDS = 60
 # Writers of one process take turns before they take a connection, so all but one of these are readers'.
 POOL_SIZE, POOL_OVERFLOW = 5, 10
@@ -126,6 +128,13 @@ class Database:
                 yield connection
         finally:
             self._turn.release()
+
+    def copying(self, connection: Connection) -> None:
+        """Lets this transaction be silent for COPY_SECONDS, and its statements take as long as they do."""
+        if not self._is_sqlite:
+            connection.exec_driver_sql(
+                f"SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = '{COPY_SECONDS}s'"
+            )
 
     @property
     def trouble(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from coordinator.benchmarks import Measured, parts
 from deploy import figures, pages
 from deploy.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, FigureOf
 from deploy.lab.place import HOUSE
@@ -112,21 +113,22 @@ def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def drops(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of each benchmark: from its best version to the last one, what was lost by format and what by knowledge.
-
-    Accuracy is (1 - unparseable) x accuracy of what can be read. The format's part is what the share of unreadable
-    answers alone would have cost; the rest is knowledge.
-    """
+    """Of each benchmark: from its best version to the last one, what was lost by format and what by knowledge."""
     found = []
     for name in BENCHMARKS:
         points = held_out(metrics, f"{name}_accuracy")
         if not points:
             continue
+        asked = {version: _measured(metrics, benchmark=name, version=version) for version, _ in points}
         best, last = max(points, key=lambda point: point[1]), points[-1]
-        unparseable = dict(held_out(metrics, f"{name}_unparseable"))
-        readable = dict(held_out(metrics, f"{name}_parseable_accuracy"))
-        by_format = -(unparseable[last[0]] - unparseable[best[0]]) * readable[best[0]]
-        total = last[1] - best[1]
-        parts = {"format": by_format, "knowledge": total - by_format}
-        found.append({"name": name, "first": points[0], "best": best, "last": last, **parts})
+        by_format, knowledge = parts(asked[best[0]], asked[last[0]])
+        change = {"format": by_format, "knowledge": knowledge}
+        found.append({"name": name, "first": points[0], "best": best, "last": last, **change})
     return found
+
+
+def _measured(metrics: Mapping[str, Any], *, benchmark: str, version: int) -> Measured:
+    measures = ("questions", "accuracy", "unparseable")
+    questions, accuracy, unparseable = (dict(held_out(metrics, f"{benchmark}_{each}"))[version] for each in measures)
+    parseable = questions * (1 - unparseable)
+    return Measured(questions=questions, correct=questions * accuracy, parseable=parseable, gained=None, lost=None)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
+from coordinator import backup as backup_module
 from coordinator import ca, settings
 from coordinator.backup import backup, restore, with_storage_key
 from coordinator.settings import Listen, Public, blob_directory
-from coordinator.storage import schema
+from coordinator.storage import database, schema
 from coordinator.storage.file_blobs import FileBlobStore
 from coordinator.storage.garbage import GarbageCollector, all_named
 from coordinator.storage.store import Store
@@ -87,6 +89,26 @@ def test_what_is_restored_is_what_was_backed_up_in_every_pair_of_engines(
         assert restored.aggregate(b"version 2")
         drive(again)
         assert again.views.job("j").head_version == 2
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
+def test_a_copy_of_all_rows_is_not_cut_off_while_the_other_ends_disk_is_slow(
+    federation: Federation, data: Path, tmp_path: Path, new_url: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "IDLE_SECONDS", 2)
+    copy = backup_module._copy_rows
+
+    def slow_copy(reading: Connection, writing: Connection) -> None:
+        for connection in (reading, writing):
+            connection.execute(select(schema.jobs)).all()
+        time.sleep(3)
+        copy(reading, writing)
+
+    monkeypatch.setattr(backup_module, "_copy_rows", slow_copy)
+    manifest = make(data, tmp_path / "backup")
+    where = {"database": new_url(), "blobs": "kept"}
+    assert restore(tmp_path / "backup", data=tmp_path / "restored", storage=where) == manifest
 
 
 def test_blobs_that_are_collected_meanwhile_make_the_rows_be_read_again(

@@ -179,7 +179,7 @@ def test_many_writers_at_once_never_mix_their_bytes(reopen: Reopen):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=120)
     assert store.path(DIGEST).read_bytes() == CONTENT
 
 

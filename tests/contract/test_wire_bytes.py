@@ -154,10 +154,12 @@ def test_the_services_keep_their_calls() -> None:
         "silotune.v1.AgentService": ["FinishTask", "Heartbeat", "LeaseTask", "RenewCertificate"],
         "silotune.v1.TransferService": ["FindMissing", "QueryWriteStatus", "Read", "Write"],
         "silotune.v1.OperatorService": [
+            "AddBaseModel",
             "ControlJob",
             "GetJob",
             "GetModel",
             "InviteSite",
+            "ListBaseModels",
             "ListEvents",
             "ListJobs",
             "ListSites",

@@ -66,18 +66,30 @@ class Jobs:
         """The rounds that the site's trainer has begun, each as often as it has."""
         return [int(_named(line, "round")) for line in self.lines(site, job, "The trainer begins.")]
 
+    def hold(self, site: str, *rounds: int) -> None:
+        """From now on the site's trainings for these rounds begin and do not go on, until each is let go."""
+        for number in rounds:
+            self._hold(site, number).touch()
+
+    def let_go(self, site: str, round_number: int) -> None:
+        self._hold(site, round_number).unlink()
+
+    def _hold(self, site: str, round_number: int) -> Path:
+        return self.federation.home(site) / "tasks" / f"hold-{round_number}"
+
+    def wait_for_training(self, site: str, job: str, *, round_number: int = 1) -> None:
+        self.federation.wait_for(
+            lambda: round_number in self.trained(site, job), seconds=300, saying=f"training at {site}"
+        )
+
     def kill_in_training(self, site: str, job: str, *, round_number: int = 1, number: int = signal.SIGKILL) -> None:
-        """Kills, or stops, the site's agent while its trainer works for the round.
+        """Kills, or stops, the site's agent while its trainer works for the round, in which it is held so far.
 
         A whole cohort that is its own quorum cannot end that round then, however long the test takes for what it does.
         """
-        self.federation.wait_for(
-            lambda: round_number in self.trained(site, job),
-            seconds=300,
-            saying=f"training at {site}",
-            poll_seconds=0.05,
-        )
+        self.wait_for_training(site, job, round_number=round_number)
         self.federation.nodes[site].kill(number)
+        self.let_go(site, round_number)
         assert not self.lines(site, job, "The task succeeded.")[round_number - 1 :], "it was killed too late"
         assert self.show(job)["job"]["state"] == "RUNNING"
 
@@ -143,6 +155,8 @@ def three_sites(shared_sites: Jobs) -> Iterator[Jobs]:
     """The same; what a test leaves behind, also when it fails, does not fail the next."""
     yield shared_sites
     federation = shared_sites.federation
+    for held in federation.directory.glob("agents/*/tasks/hold-*"):
+        held.unlink()
     for name, node in list(federation.nodes.items()):
         if node.process.poll() is None:
             node.kill(signal.SIGCONT)

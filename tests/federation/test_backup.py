@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from tests.federation.conftest import Jobs
-from tests.federation.test_rounds import ALL, SLOW
+from tests.federation.test_rounds import ALL
 
 
 def test_agents_go_on_with_a_coordinator_that_was_restored_to_an_earlier_round(
@@ -16,7 +16,8 @@ def test_agents_go_on_with_a_coordinator_that_was_restored_to_an_earlier_round(
     calm = three_sites.submit(rounds=3, task="payload_mb = 1", cohort=ALL)
     assert three_sites.end(calm)["job"]["state"] == "COMPLETED"
 
-    rough = three_sites.submit(rounds=3, task=SLOW, cohort=ALL)
+    three_sites.hold("charlie", 2, 3)
+    rough = three_sites.submit(rounds=3, task="payload_mb = 1", cohort=ALL)
     charlie = federation.nodes["charlie"]
     three_sites.kill_in_training("charlie", rough, round_number=2, number=signal.SIGSTOP)
     federation.run("silotune-coordinator", "backup", "--data", str(federation.data), "--to", str(tmp_path / "backup"))

@@ -88,12 +88,12 @@ def test_a_full_disk_stops_what_is_new_loses_nothing_and_everything_goes_on_when
     assert 0 < before["job"]["head_version"] < ROUNDS
 
     fill(small_disk, leave_mb=RESERVE_MB - 8)
-    federation.wait_for(lambda: coordinator.get("/readyz")[0] == 503, seconds=30, saying="not ready")
+    federation.wait_for(lambda: coordinator.get("/readyz")[0] == 503, seconds=300, saying="not ready")
     assert "reserve" in coordinator.get("/readyz")[1]
     fill(small_disk, leave_mb=0)
     says("the disk of the coordinator's database is full")
     federation.wait_for(
-        lambda: "cannot be written" in coordinator.get("/readyz")[1], seconds=30, saying="not ready for the database"
+        lambda: "cannot be written" in coordinator.get("/readyz")[1], seconds=300, saying="not ready for the database"
     )
     metrics = coordinator.get("/metrics")[1]
     assert gauge(metrics, "silotune_ready") == 0
@@ -112,6 +112,6 @@ def test_a_full_disk_stops_what_is_new_loses_nothing_and_everything_goes_on_when
     assert two_sites.end(calm)["job"]["state"] == "COMPLETED"
     for version in (1, ROUNDS):
         assert two_sites.digest(rough, version) == two_sites.digest(calm, version)
-    federation.wait_for(lambda: coordinator.get("/readyz")[0] == 200, seconds=30, saying="ready again")
+    federation.wait_for(lambda: coordinator.get("/readyz")[0] == 200, seconds=300, saying="ready again")
     assert gauge(coordinator.get("/metrics")[1], "silotune_ready") == 1
     assert "Traceback" not in coordinator.log.read_text()

@@ -48,11 +48,15 @@ def test_a_lab_that_was_killed_goes_on_with_the_same_job_and_all_sites_share_one
 ) -> None:
     out = tmp_path / "out"
     first = subprocess.Popen(experiment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while read_json(out / "metrics.json") is None:
+    held = out / "agents" / "site-04" / "tasks" / "hold-3"
+    while read_json(out / "metrics.json") is None or not held.exists():
         assert first.poll() is None, (out / "logs" / "coordinator.log").read_text()
+        if held.parent.is_dir():
+            held.touch()
         time.sleep(0.05)
     first.kill()
     first.wait()
+    held.unlink()
     before = read_json(out / "metrics.json")["job"]
     assert before["state"] != "COMPLETED"
 

@@ -17,7 +17,7 @@ from tests.servers.s3 import s3
 REPLICAS = ("coordinator", "second", "third")
 SITES = ("alfa", "bravo", "charlie")
 ALL = "quorum = 3\ngather_seconds = 600\nround_deadline_seconds = 3600\nstall_limit_seconds = 3600"
-SLOW = "payload_mb = 12\ntrain_seconds = 2"
+LARGE = "payload_mb = 12"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
                 # All of them migrate the empty database at once.
                 federation.start_coordinator(name, wait=False)
             for node in federation.nodes.values():
-                federation.wait_for(lambda node=node: is_ready(node), seconds=60, saying=f"{node.name} being ready")
+                federation.wait_for(lambda node=node: is_ready(node), seconds=300, saying=f"{node.name} being ready")
             profile = federation.profile / "profile.toml"
             profile.write_text(profile.read_text().replace(federation.address, ",".join(addresses)))
 
@@ -76,7 +76,8 @@ def another_driver(federation: LocalFederation, job: str, *, than: str) -> None:
 
 def test_killing_the_driver_again_and_again_repeats_nothing_and_changes_no_bit(replicated: Jobs) -> None:
     federation = replicated.federation
-    rough = replicated.submit(rounds=3, task=SLOW, cohort=ALL)
+    replicated.hold("charlie", 1, 2)
+    rough = replicated.submit(rounds=3, task=LARGE, cohort=ALL)
     for number in (1, 2):
         replicated.kill_in_training("charlie", rough, round_number=number, number=signal.SIGSTOP)
         driver = drivers(federation, rough)[-1]
@@ -84,7 +85,7 @@ def test_killing_the_driver_again_and_again_repeats_nothing_and_changes_no_bit(r
         another_driver(federation, rough, than=driver)
         federation.nodes["charlie"].kill(signal.SIGCONT)
         federation.start_coordinator(driver, wait=False)
-    twin = replicated.submit(rounds=3, task="payload_mb = 12", cohort=ALL)
+    twin = replicated.submit(rounds=3, task=LARGE, cohort=ALL)
     for job in (rough, twin):
         assert replicated.end(job)["job"]["state"] == "COMPLETED"
     assert replicated.digest(rough, 3) == replicated.digest(twin, 3)
@@ -95,7 +96,8 @@ def test_killing_the_driver_again_and_again_repeats_nothing_and_changes_no_bit(r
 
 def test_a_stopped_driver_that_goes_on_after_it_was_replaced_changes_nothing(replicated: Jobs) -> None:
     federation = replicated.federation
-    job = replicated.submit(rounds=2, task=SLOW, cohort=ALL)
+    replicated.hold("charlie", 1)
+    job = replicated.submit(rounds=2, task=LARGE, cohort=ALL)
     replicated.kill_in_training("charlie", job, number=signal.SIGSTOP)
     driver = drivers(federation, job)[-1]
     federation.nodes[driver].kill(signal.SIGSTOP)
@@ -115,7 +117,9 @@ def test_a_coordinator_that_starts_before_its_database_waits_for_it(tmp_path: Pa
             federation.init()
             node = federation.start_coordinator(wait=False)
             federation.wait_for(
-                lambda: "waits for the database" in node.log.read_text(), seconds=60, saying="a word about the database"
+                lambda: "waits for the database" in node.log.read_text(),
+                seconds=300,
+                saying="a word about the database",
             )
             database.start()
-            federation.wait_for(lambda: is_ready(node), seconds=90, saying="the coordinator being ready")
+            federation.wait_for(lambda: is_ready(node), seconds=300, saying="the coordinator being ready")

@@ -11,8 +11,6 @@ from deploy.local import CommandFailed
 from tests.federation.conftest import SITE_TOML, Jobs, start
 
 ALL = "quorum = 3\ngather_seconds = 600\nround_deadline_seconds = 3600\nstall_limit_seconds = 3600"
-# A site is caught in its training by a look at its log, which takes no command: see `kill_in_training`.
-SLOW = "payload_mb = 1\ntrain_seconds = 4"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +23,9 @@ def undisturbed(shared_sites: Jobs) -> str:
 
 def test_kills_of_every_process_change_no_bit_of_the_result(three_sites: Jobs, undisturbed: str) -> None:
     federation = three_sites.federation
-    rough = three_sites.submit(rounds=3, task=SLOW, cohort=ALL)
+    three_sites.hold("bravo", 1)
+    three_sites.hold("charlie", 2)
+    rough = three_sites.submit(rounds=3, cohort=ALL)
     three_sites.kill_in_training("bravo", rough)
     federation.start_agent("bravo", wait=False)
     three_sites.kill_in_training("charlie", rough, round_number=2, number=signal.SIGSTOP)
@@ -38,7 +38,8 @@ def test_kills_of_every_process_change_no_bit_of_the_result(three_sites: Jobs, u
 
 def test_a_coordinator_killed_between_updates_does_not_ask_for_accepted_ones_again(three_sites: Jobs) -> None:
     federation = three_sites.federation
-    job = three_sites.submit(rounds=1, task=SLOW, cohort=ALL)
+    three_sites.hold("charlie", 1)
+    job = three_sites.submit(rounds=1, cohort=ALL)
     three_sites.kill_in_training("charlie", job, number=signal.SIGSTOP)
     three_sites.wait(
         job, lambda shown: sum(u["fate"] == "ACCEPTED" for u in shown["rounds"][-1]["updates"]) == 2, saying="2 updates"
@@ -53,7 +54,8 @@ def test_a_coordinator_killed_between_updates_does_not_ask_for_accepted_ones_aga
 
 def test_a_round_closes_without_a_silent_site_and_says_whom_it_waited_for(three_sites: Jobs) -> None:
     quick = "quorum = 2\ngather_seconds = 600\nround_deadline_seconds = 3600\nstall_limit_seconds = 10"
-    job = three_sites.submit(rounds=1, task=SLOW, cohort=quick)
+    three_sites.hold("charlie", 1)
+    job = three_sites.submit(rounds=1, cohort=quick)
     three_sites.kill_in_training("charlie", job)
 
     def says(shown: dict) -> bool:
@@ -94,19 +96,17 @@ def test_a_site_without_policy_runs_nothing_and_the_operator_reads_why(tmp_path:
 def test_a_revoked_site_is_out_and_the_job_goes_on_without_it(tmp_path: Path) -> None:
     with start(tmp_path, "alfa", "bravo") as federation:
         jobs = Jobs(federation)
-        cohort = "quorum = 1\ngather_seconds = 5\nround_deadline_seconds = 3600\nstall_limit_seconds = 3600"
+        cohort = "quorum = 1\ngather_seconds = 600\nround_deadline_seconds = 3600\nstall_limit_seconds = 3600"
         # So many rounds that it goes on whenever the operator's command takes effect.
-        job = jobs.submit(rounds=100_000, task=SLOW, cohort=cohort)
+        jobs.hold("bravo", 1)
+        job = jobs.submit(rounds=100_000, cohort=cohort)
         # Stopped, so that its work in hand is ended by the revocation and by nothing else.
-        federation.wait_for(lambda: jobs.trained("bravo", job), seconds=300, saying="training at bravo")
-        federation.nodes["bravo"].kill(signal.SIGSTOP)
+        jobs.kill_in_training("bravo", job, number=signal.SIGSTOP)
         federation.silotune("site", "revoke", "bravo")
         federation.nodes["bravo"].kill(signal.SIGCONT)
-        last = max(jobs.trained("bravo", job))
 
         def without_bravo(shown: dict) -> bool:
-            later = [one for one in shown["rounds"] if one["number"] > last and one["phase"] == "COMMITTED"]
-            return any(one["cohort"] == ["alfa"] for one in later)
+            return any(one["cohort"] == ["alfa"] and one["phase"] == "COMMITTED" for one in shown["rounds"])
 
         jobs.wait(job, without_bravo, saying="a round of alfa alone")
         federation.silotune("job", "cancel", job)
@@ -163,7 +163,8 @@ def test_the_server_optimizer_changes_the_result_and_survives_a_restart(three_si
     momentum = '[aggregation.server_optimizer]\ntype = "fedavgm"\nmomentum = 0.5'
     calm = three_sites.submit(rounds=3, cohort=ALL, more=momentum)
     three_sites.end(calm)
-    rough = three_sites.submit(rounds=3, task=SLOW, cohort=ALL, more=momentum)
+    three_sites.hold("charlie", 2)
+    rough = three_sites.submit(rounds=3, cohort=ALL, more=momentum)
     three_sites.kill_in_training("charlie", rough, round_number=2, number=signal.SIGSTOP)
     federation.nodes["coordinator"].kill(signal.SIGKILL)
     federation.start_coordinator()

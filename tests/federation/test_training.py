@@ -210,7 +210,7 @@ def test_it_learns_and_the_export_gives_the_reported_accuracy_without_silotune(
 
 def test_every_trainer_rebuilds_the_versions_of_an_encoded_job_alike(hospital: Jobs) -> None:
     method = 'type = "lora"\nrank = 4\nalpha = 8\n[encoding]\nup = "int4"\ndown = "int8"'
-    job = submit(hospital, "encoded", method=method, sites=["parquet", "latin"], rounds=3, steps=20, rate=2e-2)
+    job = submit(hospital, "encoded", method=method, sites=["parquet", "latin"], rounds=2, steps=60, rate=2e-2)
     shown = hospital.end(job)
     assert shown["job"]["state"] == "COMPLETED", shown["job"]["sentence"]
     for site in ("parquet", "latin", "house"):

@@ -146,7 +146,7 @@ class Coordinator:
             task.model.CopyFrom(BlobRef(digest=digest_of(model), size=len(model)))
         self.tasks.append(task)
 
-    async def until(self, condition: Callable[[], object], *, seconds: float = 20) -> None:
+    async def until(self, condition: Callable[[], object], *, seconds: float = 120) -> None:
         async with asyncio.timeout(seconds):
             while not condition():
                 await asyncio.sleep(0.02)

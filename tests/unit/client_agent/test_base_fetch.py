@@ -92,3 +92,16 @@ def test_without_permission_or_offer_the_site_has_no_such_model(
 def test_a_file_that_is_no_part_of_a_model_is_not_fetched(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidInput, match="is not a file of a base model"):
         digest_for(task(**{name: b"x"}), name="org/tiny", models=Models(tmp_path / "m.json"), may_fetch=True)
+
+
+def test_a_file_that_was_damaged_here_is_fetched_anew_by_the_next_task_and_never_registered(tmp_path: Path) -> None:
+    models, coordinator = Models(tmp_path / "models.json"), Coordinator(tmp_path, cut="model.safetensors")
+    with pytest.raises(Unavailable):
+        fetch(models, coordinator)
+    (kept,) = (tmp_path / "models").glob("*/config.json")
+    kept.write_text('{"hidden_size": 9}')
+    with pytest.raises(InvalidInput, match="are not those that were fetched"):
+        fetch(models, coordinator)
+    assert models.all() == []
+    fetch(models, coordinator)
+    assert models.current("org/tiny").hidden_size == 8

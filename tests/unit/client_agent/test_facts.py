@@ -82,6 +82,15 @@ def test_the_agent_tells_what_it_is_and_what_it_holds(tmp_path: Path) -> None:
     assert (info.gpu_memory_bytes, info.gpus) == (0, 0)
 
 
+def test_gpus_are_counted_from_the_one_that_site_toml_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = facts.parse_gpus("A, 10\nB, 20\nC, 30\n")
+    monkeypatch.setattr(facts, "gpus", lambda: there)
+    for name, told in {"cuda:1": (20 << 20, 2), "cuda:2": (30 << 20, 1), "cuda:3": (0, 0), "cpu": (0, 0)}.items():
+        site = SiteSettings(device=Device(name=name, processes=2))
+        info = facts.agent_info(Home(tmp_path), site, gpu="A", rows={})
+        assert (info.gpu_memory_bytes, info.gpus) == told
+
+
 def test_the_layers_of_a_base_model_are_told(tmp_path: Path) -> None:
     directory = tmp_path / "m"
     directory.mkdir()

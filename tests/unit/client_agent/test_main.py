@@ -76,7 +76,7 @@ async def test_a_killed_agent_takes_its_trainer_with_it_and_trains_again(home: H
         first.kill()
         await first.wait()
     assert len(trainers) == 1
-    _, alive = await asyncio.to_thread(psutil.wait_procs, trainers, timeout=10)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, trainers, timeout=60)
     assert not alive
     async with agent(home):
         await coordinator.until(lambda: coordinator.finished)
@@ -90,7 +90,7 @@ async def test_sigterm_ends_agent_and_trainer_and_the_task_is_kept(home: Home, c
         await training(coordinator)
         trainers = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await process.wait() == 0
     assert not any(trainer.is_running() for trainer in trainers)
     assert coordinator.finished == []
@@ -117,7 +117,7 @@ async def test_metrics_health_and_readiness_are_served(home: Home, coordinator: 
         async with http.get(f"{url}/metrics") as answer:
             metrics = await answer.text()
         coordinator.down = True
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await (await http.get(f"{url}/readyz")).text()).startswith("ready"):
                 await asyncio.sleep(0.1)
         async with http.get(f"{url}/readyz") as answer:

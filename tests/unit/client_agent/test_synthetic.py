@@ -149,6 +149,19 @@ def test_a_paused_training_goes_on_after_the_time_that_has_passed(tmp_path: Path
     assert (tmp_path / UPDATE).read_bytes() == rough
 
 
+def test_a_held_training_begins_and_does_not_go_on(tmp_path: Path) -> None:
+    directory, held = tmp_path / "j1-1-train", tmp_path / "hold-1"
+    directory.mkdir()
+    held.touch()
+    events = run(directory, model=model_bytes(), pause=True)
+    assert [(event["event"], event.get("stage"), event.get("done")) for event in events] == [
+        ("progress", "training", 0),
+        ("paused", None, None),
+    ]
+    held.unlink()
+    assert run(directory, model=model_bytes())[-1] == {"event": "done"}
+
+
 def test_a_training_whose_update_has_no_room_does_not_begin(tmp_path: Path) -> None:
     header, layout = make_header([("weight", "F32", (shutil.disk_usage(tmp_path).total // 4,))])
     with (tmp_path / "model").open("wb") as file:
@@ -173,5 +186,5 @@ def test_the_end_of_input_ends_the_trainer_in_mid_task(tmp_path: Path) -> None:
     (tmp_path / "spec.json").write_text(json.dumps(fields))
     command = [sys.executable, "-m", "client_agent.synthetic"]
     told = json.dumps({"run": str(tmp_path)}) + "\n"
-    ended = subprocess.run(command, input=told, capture_output=True, text=True, check=True, timeout=30)
+    ended = subprocess.run(command, input=told, capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(ended.stdout.splitlines()[-1]) == {"event": "cancelled"}

@@ -91,6 +91,7 @@ def test_a_short_recipe_is_enough() -> None:
         ({"aggregation__rule": "svd"}, "rule svd combines pairs of LoRA factors, so it needs method lora"),
         ({**LORA, "aggregation": {"rule": "flora", "server_optimizer": {"type": "fedadam"}}}, "no server_optimizer"),
         ({**LORA, "aggregation__rule": "svd", "encoding__up": "int8"}, "error_feedback must be false"),
+        ({**LORA, "aggregation__rule": "svd", "encoding__down": "int8"}, "error_feedback must be false"),
         ({**LORA, "aggregation__rule": "fedex", "encoding__down": "int8"}, "down must be raw under [encoding]"),
         ({"method": {"type": "lora", "rank": 4, "ranks": {"oslo": 8}}}, "ranks gives oslo 8, more than rank = 4"),
         ({"evaluation__benchmarks": ["medqa"]}, "benchmarks are questions to a causal-lm"),

@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(network, AutoTokenizer.from_pretrained(directory), torch.device("cpu"), {}, {})
 
 
-def answers(model: Model, questions: list[Question], *, max_new_tokens: int = 6) -> list[Reply]:
+def answers(model: Model, questions: list[Question], *, max_new_tokens: int | None = 6) -> list[Reply]:
     return reply(model, questions, local=LOCAL, max_new_tokens=max_new_tokens, on_rows=lambda done, total: None)
 
 
@@ -95,6 +95,17 @@ def test_of_a_prompt_that_is_too_long_the_end_is_kept(model: Model) -> None:
 def test_an_answer_that_fills_the_model_leaves_no_room_for_a_question(model: Model) -> None:
     with pytest.raises(InvalidInput, match="An answer of 64 tokens does not fit into the model's 64 positions"):
         answers(model, QUESTIONS, max_new_tokens=64)
+
+
+def test_an_answer_may_be_as_long_as_the_longest_option_where_the_recipe_does_not_say(model: Model) -> None:
+    def length(text: str) -> int:
+        return len(model.tokenizer(text)["input_ids"])
+
+    asked = [(question.prompt, option) for question in QUESTIONS for option in question.options]
+    longest = max(length(prompt + option) - length(prompt) for prompt, option in asked)
+    assert 1 < longest < 6
+    found = answers(model, QUESTIONS, max_new_tokens=None)
+    assert found == answers(model, QUESTIONS, max_new_tokens=longest) != answers(model, QUESTIONS)
 
 
 def test_progress_is_told_and_may_stop_the_asking(model: Model) -> None:

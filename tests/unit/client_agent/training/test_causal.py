@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from client_agent.settings import DataSet
 from client_agent.taskdir import UPDATE
@@ -297,6 +306,16 @@ def test_an_encoder_is_no_language_model(teaching_site: Site, site: Site) -> Non
     with pytest.raises(InvalidInput, match="is no causal language model: it lacks cls"):
         recipe = causal_recipe(task={"type": "causal-lm", "max_length": 40})
         site.run("init", teaching_site.task("init", recipe=recipe, base_model_path=str(site.base_model)))
+
+
+def test_an_encoder_that_fills_gaps_is_no_language_model_either(teaching_site: Site, site: Site) -> None:
+    """It has an output layer, and sees the answer that it is to give."""
+    directory = site.directory / "fills-gaps"
+    shutil.copytree(site.base_model, directory)
+    BertForMaskedLM(AutoConfig.from_pretrained(site.base_model)).save_pretrained(directory)
+    with pytest.raises(InvalidInput, match="it lacks attention that looks back only"):
+        recipe = causal_recipe(task={"type": "causal-lm", "max_length": 40})
+        site.run("init", teaching_site.task("init", recipe=recipe, base_model_path=str(directory)))
 
 
 def test_a_table_of_labels_does_not_do_for_instructions(teaching_site: Site, site: Site) -> None:

@@ -280,6 +280,13 @@ def test_a_table_may_lack_an_input_unless_one_was_named(tmp_path: Path, ending: 
     assert "front" not in without_content(caught.value)
 
 
+def test_a_column_that_is_the_instruction_is_not_the_input_as_well(tmp_path: Path) -> None:
+    card = '{"instruction": "Answer truthfully.", "input": "What is it?", "output": "A cough."}\n'
+    path = write(tmp_path / "flashcards.jsonl", card)
+    assert taught(path, instruction="input").rows == [Instruction("What is it?", "", "A cough.")]
+    assert taught(path).rows == [Instruction("Answer truthfully.", "What is it?", "A cough.")]
+
+
 def test_rows_without_an_instruction_or_an_output_are_skipped_and_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "instruction,output\nx,y\n,y\nx, \n\nz,w\n")
     found = taught(path)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from client_agent.hashing import hash_file
 from client_agent.taskdir import UPDATE, TaskSpec, VersionNeeded
 from client_agent.training.encoding import INITIAL
-from protos.adapters import update_tensors
+from protos.adapters import moving, update_tensors
 from protos.encoded_files import TensorFile, decoded, rebuild, write_encoded
 from protos.encodings import encoded_header
 from protos.jobspec import parse
@@ -118,6 +118,29 @@ def test_later_rounds_start_from_the_rebuilt_version_and_from_what_was_lost_in_t
     dropped, _ = train(site, recipe, "dropped", counted_round=0, **changes)
     assert (dropped / UPDATE).read_bytes() != (counted / UPDATE).read_bytes()
     assert {path.name for path in state.iterdir()} == {INITIAL, "residual-2.safetensors"}
+
+
+def test_factors_that_the_rule_never_trains_are_made_here_and_not_fetched(site: Site) -> None:
+    recipe = recipe_of(site, aggregation={"rule": "ffa-lora"})
+    init, _ = site.run("init", site.task("init", recipe=recipe))
+    version_0, encoded, version_1 = init / UPDATE, site.directory / "encoded", site.directory / "version-1"
+    with TensorFile(version_0) as file:
+        fetched = moving(parse(recipe), file.layout.named)
+        assert {name for name, _, _ in file.layout.named} - {name for name, _, _ in fetched} == {
+            name for name, _, _ in file.layout.named if "lora_A" in name
+        }
+
+        def moved(name: str):  # type: ignore[no-untyped-def]
+            part = file.leading(name, file.shape(name))
+            return lambda start, count: part(start, count) + 0.5
+
+        way: dict[str, Any] = {"tensors": fetched, "base": version_0, "encoding": "int8", "block": 32}
+        write_encoded(moved, seed=0, output=encoded, **way)
+    digest = rebuild(encoded, output=version_1, **way)
+    second, _ = train(site, recipe, "second", round=2, model_digest=digest, encoded_path=str(encoded))
+    assert (second / "version.safetensors").read_bytes() == version_1.read_bytes()
+    before, after = load_file(version_0), load_file(version_1)
+    assert all(torch.equal(after[name], before[name]) == ("lora_A" in name) for name in before)
 
 
 def test_without_error_feedback_nothing_is_kept_but_version_0(site: Site) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from client_agent.taskdir import FILES, UPDATE
-from client_agent.training.tasks import Warm, choose_device
+from client_agent.training.tasks import KEPT_SPLITS, Warm, choose_device
 from protos.errors import CorruptData, InvalidInput, RecipeInvalid, SiteConfigInvalid
 from protos.metrics import METRICS, STAGE_SECONDS, check_numbers
 from protos.tensors import header_length, parse_header
@@ -186,6 +186,22 @@ def test_the_model_and_the_tokens_stay_in_memory_until_something_they_depend_on_
     site.run("third", replace(task, spec={**recipe, "base_model": {"name": "tiny-encoder", "layers": 3}}))
     assert len(site.warm.splits) == 2
     assert list(site.warm.models) != [key]
+
+
+@pytest.mark.parametrize(("size_bytes", "kept"), [(1 << 20, KEPT_SPLITS + 2), (1, KEPT_SPLITS)])
+def test_the_rows_of_several_sites_stay_in_memory_while_they_are_small(
+    site: Site, monkeypatch: pytest.MonkeyPatch, size_bytes: int, kept: int
+) -> None:
+    monkeypatch.setattr("client_agent.training.tasks.KEPT_SPLITS_BYTES", size_bytes)
+    recipe = site.recipe(local={"steps": 1})
+    init, _ = site.run("init", site.task("init", recipe=recipe))
+    rows = Path(site.data_set.path).read_bytes()
+    for number in range(KEPT_SPLITS + 2):
+        path = site.directory / f"notes-{number}.jsonl"
+        path.write_bytes(rows)
+        other = site.data_set.model_copy(update={"path": str(path)}).model_dump(mode="json")
+        site.run(f"train-{number}", site.task("train", recipe=recipe, model=init / UPDATE, data_set=other))
+    assert len(site.warm.splits) == kept
 
 
 def test_the_result_counts_rows_and_reports_only_listed_numbers(site: Site) -> None:

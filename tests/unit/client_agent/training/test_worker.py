@@ -54,7 +54,7 @@ class Worker:
 
     def close(self) -> tuple[int, str, str]:
         """The exit status, and what was left to read from its output and its log."""
-        out, log = self.process.communicate(timeout=60)
+        out, log = self.process.communicate(timeout=300)
         return self.process.returncode, out, log
 
 

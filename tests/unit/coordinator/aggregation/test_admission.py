@@ -39,8 +39,14 @@ def test_a_single_value_that_is_not_finite_is_found_and_named(tmp_path: Path, ba
         check_update(write(tmp_path / "u", values), expected=None)
 
 
-def test_large_but_finite_values_are_admitted(tmp_path: Path) -> None:
-    check_update(write(tmp_path / "u", {"a": np.full(9, 3e38, np.float32)}), expected=None)
+def test_large_values_are_admitted_and_absurd_ones_are_not(tmp_path: Path) -> None:
+    check_update(write(tmp_path / "u", {"a": np.full(100_000, 5e17, np.float32)}), expected=None)
+    check_update(write(tmp_path / "u", {"a": np.full(9, 6e4, np.float16)}), expected=None)
+    # The mean of it with others could not be rounded for the way down, and products of factors would overflow.
+    with pytest.raises(UpdateRejected, match="not finite, or absurdly large"):
+        check_update(write(tmp_path / "u", {"a": np.full(9, 2e18, np.float32)}), expected=None)
+    with pytest.raises(UpdateRejected, match="not finite, or absurdly large"):
+        check_update(write(tmp_path / "u", {"a": np.full(9, np.inf, np.float16)}), expected=None)
 
 
 @pytest.mark.parametrize(

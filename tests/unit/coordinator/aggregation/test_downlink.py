@@ -8,12 +8,30 @@ import numpy as np
 import pytest
 
 from coordinator.aggregation.downlink import round_version
+from coordinator.traffic import version_bytes
 from protos.digests import digest_of
 from protos.encoded_files import TensorFile, rebuild
 from protos.errors import CorruptData
+from protos.jobspec import JobSpec, parse
 from protos.tensors import make_header
 
 COUNT = 1000
+
+
+def spec_of(encoding: str, *, rule: str = "mean") -> JobSpec:
+    return parse(
+        {
+            "name": "j",
+            "task": {"type": "classification", "labels": ["a", "b"]},
+            "data": {"name": "notes"},
+            "base_model": {"name": "tiny"},
+            "method": {"type": "lora", "rank": 2, "alpha": 4},
+            "aggregation": {"rule": rule},
+            "encoding": {"down": encoding},
+            "local": {"steps": 1},
+            "rounds": 1,
+        }
+    )
 
 
 def write(path: Path, values: np.ndarray) -> Path:
@@ -42,7 +60,7 @@ def test_the_committed_version_is_what_sites_rebuild_and_the_versions_do_not_dri
         # Every round's aggregate is the same place; each rounded version misses it by something else.
         version = write(tmp_path / "version", start + aim)
         made = round_version(
-            version, initial=str(initial), initial_digest=digest(initial), encoding=encoding, block=64, seed=number,
+            version, spec=spec_of(encoding), initial=str(initial), initial_digest=digest(initial), seed=number,
             encoded=str(tmp_path / "encoded"), residual=residual,
             residual_digest=digest(Path(residual)) if residual else "",
             residual_output=str(tmp_path / f"residual-{number}"),
@@ -66,7 +84,7 @@ def test_the_committed_version_is_what_sites_rebuild_and_the_versions_do_not_dri
 def test_a_version_0_or_a_residual_that_was_damaged_is_noticed(tmp_path: Path) -> None:
     initial, version = write(tmp_path / "initial", np.zeros(COUNT)), write(tmp_path / "version", np.ones(COUNT))
     order = {
-        "initial": str(initial), "initial_digest": digest(initial), "encoding": "int8", "block": 64, "seed": 0,
+        "initial": str(initial), "initial_digest": digest(initial), "spec": spec_of("int8"), "seed": 0,
         "encoded": str(tmp_path / "encoded"),
     }  # fmt: skip
     with pytest.raises(CorruptData, match="Version 0 of the job no longer matches"):
@@ -76,3 +94,29 @@ def test_a_version_0_or_a_residual_that_was_damaged_is_noticed(tmp_path: Path) -
     # Without error feedback no residual is written.
     assert round_version(version, **order)["residual_digest"] == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoded", "initial", "version"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "travels"), [("ffa-lora", ["lora_B"]), ("fed-sb", ["lora_R"]), ("rolora", ["lora_A", "lora_B"])]
+)
+def test_factors_that_no_round_trains_do_not_travel_down(tmp_path: Path, rule: str, travels: list[str]) -> None:
+    shapes = {"lora_A": (2, 8), "lora_B": (8, 2), **({"lora_R": (2, 2)} if rule == "fed-sb" else {})}
+    header, layout = make_header((f"m.{factor}.weight", "F32", shape) for factor, shape in shapes.items())
+    rng = np.random.default_rng(0)
+    values = {tensor.name: rng.standard_normal(tensor.elements).astype(np.float32) for tensor in layout.tensors}
+    initial, version = tmp_path / "initial", tmp_path / "version"
+    initial.write_bytes(header + b"".join(values[tensor.name].tobytes() for tensor in layout.tensors))
+    moved = {name: part + ("lora_A" not in name or rule == "rolora") for name, part in values.items()}
+    moved = {name: values[name] if rule == "fed-sb" and "lora_R" not in name else part for name, part in moved.items()}
+    version.write_bytes(header + b"".join(moved[tensor.name].tobytes() for tensor in layout.tensors))
+    spec, encoded = spec_of("int8", rule=rule), tmp_path / "encoded"
+    made = round_version(
+        version, spec=spec, initial=str(initial), initial_digest=digest(initial), seed=0, encoded=str(encoded),
+        residual_output=str(tmp_path / "residual"),
+    )  # fmt: skip
+    with TensorFile(encoded, encoded=True) as sent, TensorFile(version) as whole:
+        assert [tensor.name for tensor in sent.layout.tensors] == [f"m.{factor}.weight" for factor in travels]
+        assert made["encoded_size"] == version_bytes(spec, layout, number=1)
+        for name, part in moved.items():
+            found = whole.leading(name, whole.shape(name))(0, len(part))
+            assert np.allclose(found, part, atol=0.02) if name in sent else np.array_equal(found, values[name])

@@ -195,14 +195,17 @@ def test_encoded_updates_count_as_what_they_stand_for(tmp_path: Path, rule: str)
     assert made[0] == made[1]
 
 
-def test_damage_is_told_from_whose_it_is(tmp_path: Path) -> None:
-    job = Job.begin(tmp_path, spec_of("fedex"))
+@pytest.mark.parametrize("rule", ["fedex", "svd"])
+def test_damage_is_told_from_whose_it_is(tmp_path: Path, rule: str) -> None:
+    job = Job.begin(tmp_path, spec_of(rule))
     parts = job.train(SITES)
     good = parts[1].path.read_bytes()
-    parts[1].path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     order: dict[str, Any] = {"previous": job.version, "previous_digest": job.digest, "spec": job.spec}
-    with pytest.raises(CorruptUpdate, match="b"):
-        combine(parts, output=tmp_path / "out", round_number=1, **order)
+    # One bit, and numbers that no decomposition can take: NaN.
+    for torn in (good[:-1] + bytes([good[-1] ^ 1]), good[:-400] + b"\xff" * 400):
+        parts[1].path.write_bytes(torn)
+        with pytest.raises(CorruptUpdate, match="b"):
+            combine(parts, output=tmp_path / "out", round_number=1, **order)
     parts[1].path.write_bytes(good)
     for damaged in (-1, 9):
         version = bytearray(job.version.read_bytes())

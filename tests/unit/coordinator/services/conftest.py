@@ -30,6 +30,8 @@ from protos.v1 import agent_pb2, agent_pb2_grpc, operator_pb2, operator_pb2_grpc
 from protos.v1.manifest_pb2 import ENCODING_RAW, FORM_VALUES, BlobRef, Manifest
 
 LOOPBACK = "127.0.0.1:0"
+# Longer than anything takes that comes at all.
+PATIENCE_SECONDS = 120
 
 
 def tensor_file(*, fill: float, elements: int = 1000, name: str = "layer.weight") -> bytes:
@@ -71,19 +73,25 @@ class Peer:
             await channel.close(None)
 
     async def agent(self, method: str, request: Any) -> Any:
-        return await answer(getattr(agent_pb2_grpc.AgentServiceStub(self.channel), method)(request, timeout=20))
+        return await answer(
+            getattr(agent_pb2_grpc.AgentServiceStub(self.channel), method)(request, timeout=PATIENCE_SECONDS)
+        )
 
     async def operator(self, method: str, request: Any) -> Any:
-        return await answer(getattr(operator_pb2_grpc.OperatorServiceStub(self.channel), method)(request, timeout=20))
+        return await answer(
+            getattr(operator_pb2_grpc.OperatorServiceStub(self.channel), method)(request, timeout=PATIENCE_SECONDS)
+        )
 
     async def transfer(self, method: str, request: Any) -> Any:
-        return await answer(getattr(transfer_pb2_grpc.TransferServiceStub(self.channel), method)(request, timeout=20))
+        return await answer(
+            getattr(transfer_pb2_grpc.TransferServiceStub(self.channel), method)(request, timeout=PATIENCE_SECONDS)
+        )
 
     async def read(self, digest: str, *, offset: int = 0) -> bytes:
         call = self.channel.unary_stream(
             "/silotune.v1.TransferService/Read",
             request_serializer=transfer_pb2.ReadRequest.SerializeToString,
-        )(transfer_pb2.ReadRequest(digest=digest, offset=offset), timeout=20)
+        )(transfer_pb2.ReadRequest(digest=digest, offset=offset), timeout=PATIENCE_SECONDS)
         received = b""
         try:
             async for message in call:
@@ -102,7 +110,7 @@ class Peer:
                 write = channel.stream_unary(
                     "/silotune.v1.TransferService/Write", response_deserializer=transfer_pb2.WriteResponse.FromString
                 )
-                return write(iter(messages), timeout=20)
+                return write(iter(messages), timeout=PATIENCE_SECONDS)
 
         try:
             return await asyncio.to_thread(call)
@@ -119,12 +127,12 @@ class Peer:
         assert status.sealed
         return blob
 
-    async def lease(self, *, wait_seconds: float = 5, holding: tuple[str, ...] = ()) -> agent_pb2.Task:
-        request = agent_pb2.LeaseTaskRequest(
-            agent=agent_pb2.AgentInfo(version="1"), wait_seconds=wait_seconds, holding=holding
-        )
-        response = await self.agent("LeaseTask", request)
-        assert response.HasField("task"), response.sentence
+    async def lease(self, *, holding: tuple[str, ...] = ()) -> agent_pb2.Task:
+        """The site's next task, asked for as often as it takes."""
+        request = agent_pb2.LeaseTaskRequest(agent=agent_pb2.AgentInfo(version="1"), wait_seconds=5, holding=holding)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not (response := await self.agent("LeaseTask", request)).HasField("task"):
+                pass
         return response.task
 
     async def finish(self, task: agent_pb2.Task, **succeeded: Any) -> agent_pb2.FinishTaskResponse:
@@ -246,7 +254,9 @@ class Federation:
         peer = Peer(self.addresses.enrollment, grpc.ssl_channel_credentials(self.authority.pem))
         self.peers.append(peer)
         request = agent_pb2.EnrollRequest(token=token, csr=csr)
-        return await answer(agent_pb2_grpc.EnrollmentServiceStub(peer.channel).Enroll(request, timeout=20))
+        return await answer(
+            agent_pb2_grpc.EnrollmentServiceStub(peer.channel).Enroll(request, timeout=PATIENCE_SECONDS)
+        )
 
     async def submit(self, **changes: Any) -> str:
         response = await self.operator().operator(

@@ -46,8 +46,8 @@ def spec(**changes: Any) -> jobspec.JobSpec:
     return jobspec.parse({**fields, **changes})
 
 
-def warned(job: jobspec.JobSpec, *sites: SiteRow, spare_bytes: int = 100 * GB) -> list[str]:
-    return warnings(job, sites=sites, spare_bytes=spare_bytes, now_unix_seconds=NOW)
+def warned(job: jobspec.JobSpec, *sites: SiteRow, spare_bytes: int = 100 * GB, is_served: bool = False) -> list[str]:
+    return warnings(job, sites=sites, spare_bytes=spare_bytes, now_unix_seconds=NOW, is_served=is_served)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,13 @@ def test_nothing_is_warned_of_when_everything_is_there():
 )
 def test_what_may_stand_in_the_way_is_said(changes: dict[str, Any], sites: list[SiteRow], sentence: str):
     assert sentence in " ".join(warned(spec(**changes), *sites))
+
+
+def test_a_site_that_lacks_the_base_model_may_have_it_from_the_coordinator():
+    without = site("a", base_models=[])
+    assert "(`silotune-agent model add`)" in " ".join(warned(spec(), without))
+    served = "a does not have the base model 'minilm' (its policy must have fetch_base_models = true)."
+    assert served in warned(spec(), without, is_served=True)
 
 
 def test_a_disk_that_is_too_small_is_said_beforehand():

@@ -18,7 +18,7 @@ from coordinator.services.interceptors import ACCESS, INSECURE_IDENTITY_KEY
 from protos import errors
 from protos.identity import Identity, Role
 from protos.v1 import agent_pb2, operator_pb2
-from tests.unit.coordinator.services.conftest import tensor_file
+from tests.unit.coordinator.services.conftest import PATIENCE_SECONDS, tensor_file
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 METHODS = [method for service in (*SERVICES, HEALTH) for method in service.methods]
@@ -107,7 +107,7 @@ async def test_a_long_poll_ends_when_its_site_is_revoked(federation: Any):
     await asyncio.sleep(0.2)
     await federation.operator().operator("RevokeSite", operator_pb2.RevokeSiteRequest(name="st-olav"))
     with pytest.raises(errors.Unauthenticated, match="revoked"):
-        await asyncio.wait_for(poll, 5)
+        await poll
 
 
 async def test_heartbeats_that_cross_a_revocation_do_not_revive_the_site(federation: Any):
@@ -124,7 +124,7 @@ async def test_heartbeats_that_cross_a_revocation_do_not_revive_the_site(federat
     await operator.operator("RevokeSite", operator_pb2.RevokeSiteRequest(name="st-olav"))
     for one in going:
         with pytest.raises(errors.Unauthenticated, match="revoked"):
-            await asyncio.wait_for(one, 20)
+            await asyncio.wait_for(one, PATIENCE_SECONDS)
     assert [one.state for one in federation.store.sites.all()] == ["REVOKED"]
     job = operator_pb2.GetJobRequest(job=task.job_id)
     while (shown := await operator.operator("GetJob", job)).tasks[0].state != operator_pb2.TASK_STATE_EXPIRED:
@@ -133,9 +133,18 @@ async def test_heartbeats_that_cross_a_revocation_do_not_revive_the_site(federat
 
 
 async def test_a_certificate_that_expires_on_an_open_connection_stops_working(federation: Any):
-    site = federation.site("st-olav", valid_seconds=3)
-    assert (await site.agent("LeaseTask", agent_pb2.LeaseTaskRequest())).sentence
-    await asyncio.sleep(3.1)
+    federation.enroll("st-olav")
+    valid_seconds = 3
+    while True:
+        site = federation.peer(Identity(Role.SITE, "st-olav"), valid_seconds=valid_seconds)
+        try:
+            assert (await site.agent("LeaseTask", agent_pb2.LeaseTaskRequest())).sentence
+            break
+        except errors.SilotuneError:
+            # On a slow machine the first call came too late.
+            valid_seconds *= 3
+            assert valid_seconds < PATIENCE_SECONDS
+    await asyncio.sleep(valid_seconds + 0.1)
     with pytest.raises(errors.Unauthenticated, match="expired"):
         await site.agent("LeaseTask", agent_pb2.LeaseTaskRequest())
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.services.transfers import STREAMS_PER_CALLER, WAITING_PER_TURN
+from coordinator.services.transfers import STREAMS_PER_CALLER, WAITING_PER_TURN, TransferService
 from coordinator.settings import Storage, Transfers
 from protos import errors, frames
 from protos.digests import digest_of
@@ -14,10 +14,24 @@ from protos.identity import Identity, Role
 from protos.tensors import MAX_HEADER_BYTES
 from protos.v1 import operator_pb2, transfer_pb2
 from protos.v1.manifest_pb2 import BlobRef
-from tests.unit.coordinator.services.conftest import manifest, tensor_file, upload_frames
+from tests.unit.coordinator.services.conftest import PATIENCE_SECONDS, manifest, tensor_file, upload_frames
 
 MODEL = tensor_file(fill=0.5, elements=700_000)  # 2.8 MB: three frames
 UPDATE = tensor_file(fill=0.25, elements=700_000)
+
+
+@pytest.fixture
+def services(monkeypatch: pytest.MonkeyPatch) -> list[TransferService]:
+    """Those of the coordinators that are started from now on, to see which streams have come."""
+    made: list[TransferService] = []
+
+    class Seen(TransferService):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
+            made.append(self)
+
+    monkeypatch.setattr("coordinator.main.TransferService", Seen)
+    return made
 
 
 async def committed(site: Any, content: bytes) -> tuple[int, bool]:
@@ -175,7 +189,7 @@ async def test_an_open_upload_ends_when_its_site_is_revoked(federation: Any):
     await federation.operator().operator("RevokeSite", operator_pb2.RevokeSiteRequest(name="st-olav"))
     # Also while it sends nothing.
     with pytest.raises(errors.Unauthenticated, match="revoked"):
-        await asyncio.wait_for(asyncio.shield(upload.outcome), 10)
+        await asyncio.wait_for(asyncio.shield(upload.outcome), PATIENCE_SECONDS)
     upload.messages.put(None)
 
 
@@ -216,7 +230,7 @@ async def test_more_streams_than_turns_wait_and_are_all_served(start: Any):
     await asyncio.gather(*downloads)
 
 
-async def test_streams_beyond_those_that_may_wait_are_told_to_come_again(start: Any):
+async def test_streams_beyond_those_that_may_wait_are_told_to_come_again(start: Any, services: list[TransferService]):
     federation = await start(transfers=Transfers(max_transfers=1))
     names = [f"site-{number}" for number in range(2 + WAITING_PER_TURN)]
     sites = [federation.site(name) for name in names]
@@ -225,7 +239,8 @@ async def test_streams_beyond_those_that_may_wait_are_told_to_come_again(start: 
     silent = [site.open_write() for site in sites[:-1]]
     for stream, task in zip(silent, tasks, strict=False):
         stream.messages.put(upload_frames(task, UPDATE)[0])
-    await asyncio.sleep(0.5)
+    while services[0]._waiting < WAITING_PER_TURN:
+        await asyncio.sleep(0.02)
     with pytest.raises(errors.Unavailable, match="as many transfers as it can"):
         await sites[-1].read(tasks[-1].model.digest)
     for stream in silent:
@@ -234,13 +249,15 @@ async def test_streams_beyond_those_that_may_wait_are_told_to_come_again(start: 
     assert await sites[-1].read(tasks[-1].model.digest) == MODEL
 
 
-async def test_one_site_cannot_take_all_turns(federation: Any):
+async def test_one_site_cannot_take_all_turns(start: Any, services: list[TransferService]):
+    federation = await start()
     greedy, other = federation.site("greedy"), federation.site("other")
     task = await federation.job_with_version_0(greedy, content=MODEL, others=("other",))
     streams = [greedy.open_write() for _ in range(STREAMS_PER_CALLER)]
     for stream in streams:
         stream.messages.put(upload_frames(task, UPDATE)[0])
-    await asyncio.sleep(0.5)
+    while services[0]._streams["greedy"] < STREAMS_PER_CALLER:
+        await asyncio.sleep(0.02)
     with pytest.raises(errors.Unavailable):
         await greedy.read(task.model.digest)
     assert await other.read((await other.lease()).model.digest) == MODEL
@@ -258,18 +275,23 @@ async def test_an_update_far_larger_than_the_model_is_refused_before_its_bytes(f
 
 
 async def test_a_silent_stream_gives_its_turn_back_and_keeps_its_bytes(start: Any, monkeypatch: Any):
-    monkeypatch.setattr("coordinator.services.transfers.STALL_SECONDS", 0.3)
     federation = await start(transfers=Transfers(max_transfers=1))
     site = federation.site("st-olav")
     task = await federation.job_with_version_0(site, content=MODEL)
+    first, second, third, _ = upload_frames(task, UPDATE)
     silent = site.open_write()
-    for message in upload_frames(task, UPDATE)[:2]:
-        silent.messages.put(message)
-    with pytest.raises(errors.Unavailable, match="Nothing moved"):
-        await silent.outcome
+    silent.messages.put(first)
+    silent.messages.put(second)
+    await reach(site, UPDATE, offset=FRAME_BYTES)
+    with monkeypatch.context() as patch:
+        # So little time is given from the next frame on, when this one cannot be late any more.
+        patch.setattr("coordinator.services.transfers.STALL_SECONDS", 0.3)
+        silent.messages.put(third)
+        with pytest.raises(errors.Unavailable, match="Nothing moved"):
+            await silent.outcome
     silent.messages.put(None)
-    assert await committed(site, UPDATE) == (FRAME_BYTES, False)
-    assert (await site.write(upload_frames(task, UPDATE, offset=FRAME_BYTES))).sealed
+    assert await committed(site, UPDATE) == (2 * FRAME_BYTES, False)
+    assert (await site.write(upload_frames(task, UPDATE, offset=2 * FRAME_BYTES))).sealed
 
 
 async def test_bytes_are_counted_for_the_round(federation: Any):
