@@ -23,10 +23,11 @@ from client_agent.identity import SiteIdentity
 from client_agent.probe import probe
 from client_agent.route import Route, route_of
 from client_agent.settings import Network
-from protos.errors import SilotuneError, Unavailable
+from protos.errors import Internal, SilotuneError, Unavailable
 from protos.v1 import agent_pb2, agent_pb2_grpc
 
 LEASE_WAIT_SECONDS = 20.0
+DEFECT_ATTEMPTS = 10
 
 log = structlog.get_logger()
 Answer = TypeVar("Answer")
@@ -134,14 +135,19 @@ class Session:
             retired.cancel()
 
     async def patiently(self, operation: Callable[[], Awaitable[Answer]]) -> Answer:
-        """`operation` repeated while its error is a retryable one, with growing pauses."""
+        """`operation` repeated while its error is a retryable one, with growing pauses.
+
+        A defect of the coordinator is met DEFECT_ATTEMPTS times: it may pass, and finished training must not be thrown
+        away for one call that went wrong.
+        """
         pauses = rpc.delays()
-        said = False
+        said, defects = False, 0
         while True:
             try:
                 answer = await operation()
             except SilotuneError as error:
-                if not error.retryable:
+                defects += isinstance(error, Internal)
+                if not error.retryable and not (isinstance(error, Internal) and defects < DEFECT_ATTEMPTS):
                     raise
                 self._waiting.say(f"{await self._in_words(error)} Trying again.")
                 said = True

@@ -28,8 +28,10 @@ from protos.errors import InvalidInput
 from protos.identity import Identity, JoinToken, Role
 
 CA_DAYS = 3652
-# A site's clock may be behind; a fresh certificate must not be from its future.
+# A site's clock may be behind; a fresh certificate must not be from its future. That of a server is believed by all
+# sites at once, some with a clock that is wrong by hours. That of a site says when it was issued (revocations).
 BACKDATE = timedelta(minutes=5)
+SERVER_BACKDATE = timedelta(days=2)
 
 KEY_FILE = "ca-key.pem"
 CERTIFICATE_FILE = "ca.pem"
@@ -69,6 +71,7 @@ class CertificateAuthority:
             usage=ExtendedKeyUsageOID.SERVER_AUTH,
             valid_days=valid_days,
             now=now,
+            backdate=SERVER_BACKDATE,
         )
 
     def issue_client(
@@ -104,6 +107,7 @@ class CertificateAuthority:
         usage: x509.ObjectIdentifier,
         valid_days: float,
         now: datetime,
+        backdate: timedelta = BACKDATE,
     ) -> Certificate:
         expires = min(now + timedelta(days=valid_days), self.certificate.not_valid_after_utc).replace(microsecond=0)
         certificate = (
@@ -112,7 +116,7 @@ class CertificateAuthority:
             .issuer_name(self.certificate.subject)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - BACKDATE)
+            .not_valid_before(now - backdate)
             .not_valid_after(expires)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True), critical=True)
@@ -139,7 +143,7 @@ def create(*, now: datetime) -> CertificateAuthority:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATE)
+        .not_valid_before(now - SERVER_BACKDATE)
         .not_valid_after(now + timedelta(days=CA_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)

@@ -42,7 +42,6 @@ from coordinator.services.transfers import TransferService
 from coordinator.services.wire import handlers
 from coordinator.settings import Settings, blob_directory, database_url
 from coordinator.storage.blobs import BlobStore
-from coordinator.storage.database import Database
 from coordinator.storage.opening import open_storage
 from coordinator.storage.store import Store
 from protos.channel import SERVER_OPTIONS
@@ -100,36 +99,36 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     _use_one_arena()
-    await _until_reachable(database_url(settings, directory), stop=stop)
-    if stop.is_set():
-        return
-    with (
-        locked(directory),
-        ThreadPoolExecutor(thread_name_prefix="disk") as disk,
-        open_storage(settings, directory) as (store, blobs),
-    ):
+    with locked(directory), ThreadPoolExecutor(thread_name_prefix="disk") as disk, contextlib.ExitStack() as opened:
+        storage = await _until_opened(settings, directory, opened=opened, stop=stop)
+        if storage is None:
+            return
+        store, blobs = storage
         coordinator = Coordinator(directory, settings, store=store, blobs=blobs, disk=disk)
         await coordinator.run(insecure=insecure_loopback, started=started, stop=stop)
 
 
-async def _until_reachable(url: str, *, stop: asyncio.Event) -> None:
-    """Waits for a database server that is about to start too; Unavailable when it does not answer in a minute."""
+async def _until_opened(
+    settings: Settings, directory: Path, *, opened: contextlib.ExitStack, stop: asyncio.Event
+) -> tuple[Store, BlobStore] | None:
+    """Waits for a database server that is about to start too; Unavailable when it does not answer in a minute.
+
+    None when `stop` comes first.
+    """
     until, said = time.monotonic() + DATABASE_WAIT_SECONDS, ""
-    # What is wrong with a file does not pass by itself.
-    while not url.startswith("sqlite") and not stop.is_set():
+    while not stop.is_set():
         try:
-            database = await asyncio.to_thread(Database.open, url)
+            return opened.enter_context(open_storage(settings, directory))
         except Unavailable as error:
-            if time.monotonic() > until:
+            # What is wrong with a file does not pass by itself.
+            if database_url(settings, directory).startswith("sqlite") or time.monotonic() > until:
                 raise
             if error.message != said:
                 _log.warning("waits for the database", reason=error.message)
             said = error.message
-        else:
-            database.close()
-            return
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), DATABASE_LOOK_SECONDS)
+    return None
 
 
 class Coordinator:

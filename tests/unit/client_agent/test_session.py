@@ -7,8 +7,8 @@ import pytest
 
 from client_agent import identity, rpc
 from client_agent.home import Home
-from client_agent.session import Session, Waiting
-from protos.errors import NotFound, Unauthenticated, Unavailable
+from client_agent.session import DEFECT_ATTEMPTS, Session, Waiting
+from protos.errors import Internal, NotFound, Unauthenticated, Unavailable
 from protos.v1 import agent_pb2
 from tests.unit.client_agent.coordinator_in_memory import Authority, Coordinator
 from tests.unit.client_agent.work_to_do import task
@@ -52,6 +52,39 @@ async def test_an_outage_is_waited_for_and_said_once(home: Home, coordinator: Co
     assert attempts == 3
     assert answer.sentence == "No job needs this site now."
     assert waiting.sentence == ""
+    await session.close()
+
+
+async def test_a_defect_of_the_coordinator_that_passes_costs_no_work(home: Home) -> None:
+    waiting = Waiting()
+    session = Session(home, waiting=waiting)
+    attempts = 0
+
+    async def attempt() -> str:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            raise Internal("The coordinator failed on this call.")
+        assert waiting.sentence == "The coordinator failed on this call. Trying again."
+        return "sealed"
+
+    assert await session.patiently(attempt) == "sealed"
+    await session.close()
+
+
+async def test_a_defect_of_the_coordinator_that_stays_is_reported(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "LONGEST_DELAY_SECONDS", 0.01)
+    session = Session(home, waiting=Waiting())
+    attempts = 0
+
+    async def attempt() -> None:
+        nonlocal attempts
+        attempts += 1
+        raise Internal("The coordinator failed on this call.")
+
+    with pytest.raises(Internal):
+        await session.patiently(attempt)
+    assert attempts == DEFECT_ATTEMPTS
     await session.close()
 
 
