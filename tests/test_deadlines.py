@@ -91,7 +91,7 @@ def test_the_calls_of_agent_operator_and_transfers_are_seen() -> None:
     assert seen["client_agent/identity.py"] == 1  # Enroll
     assert seen["client_agent/session.py"] == 1  # all of AgentService
     assert seen["client_agent/transfers.py"] == 4  # FindMissing, QueryWriteStatus, Read, Write
-    assert seen["coordinator/client.py"] == 2  # all of OperatorService, Read
+    assert seen["coordinator/client.py"] == 4  # all of OperatorService, Read, QueryWriteStatus, Write
 
 
 def test_the_one_that_hands_out_deadlines_does() -> None:

@@ -220,10 +220,13 @@ def test_every_trainer_rebuilds_the_versions_of_an_encoded_job_alike(hospital: J
 
 
 def check_plan(federation: LocalFederation, name: str, shown: dict[str, Any]) -> None:
-    """What `silotune job plan` says now is what the job took: to the byte, but for names in the header."""
+    """What `silotune job plan` says now is what the job took, but for names in the header, and for what an upload that
+    was interrupted on a busy machine sent again. (tests/contract/test_planned_bytes.py holds it to the byte.)"""
     plan = federation.silotune("job", "plan", str(federation.directory / f"{name}.toml"))
     trained = [entry for entry in shown["rounds"] if entry["number"]]
-    assert plan["up_bytes"] == pytest.approx(sum(entry["bytes_up"] for entry in trained), rel=0.01)
+    updates = sum(len(entry["updates"]) for entry in trained)
+    taken = sum(entry["bytes_up"] for entry in trained)
+    assert 0.99 * plan["up_bytes"] <= taken <= 1.01 * plan["up_bytes"] + 2 * taken / updates
     assert plan["unmeasured"] == []
     assert plan["seconds"] > 0
     assert all(site["needs"]["disk"] > 0 for site in plan["sites"])

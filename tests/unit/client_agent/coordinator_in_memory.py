@@ -130,6 +130,7 @@ class Coordinator:
         # Faults: `cut_*` end the next stream after so many bytes; the rest hold until they are taken back.
         self.cut_read_at: int | None = None
         self.cut_write_at: int | None = None
+        self.cuts_for_good = False
         self.damage_next_frame = False
         self.down = False
         self.stop_reason = ""
@@ -244,7 +245,8 @@ class Coordinator:
             if frame.offset != len(kept):
                 raise WrongOffset("Continue elsewhere.", committed_size=len(kept))
             if self.cut_write_at is not None and len(kept) >= self.cut_write_at:
-                self.cut_write_at = None
+                if not self.cuts_for_good:
+                    self.cut_write_at = None
                 raise Unavailable("The connection was cut.")
             kept += frame.data
             self.bytes_written += len(frame.data)

@@ -109,6 +109,8 @@ async def test_an_upload_goes_on_at_another_replica_where_it_stopped(
     replicas.first.tasks.append(task())
     replicas.first.leased["train-1"] = 1
     replicas.first.cut_write_at = 3 * MIB
+    # An agent that has not heard why it was cut asks again, and must not get through meanwhile.
+    replicas.first.cuts_for_good = True
     (tmp_path / "update").write_bytes(DATA)
 
     def attempt():

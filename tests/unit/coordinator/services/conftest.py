@@ -265,7 +265,7 @@ class Federation:
         return response.job_id
 
     async def job_with_version_0(
-        self, site: Peer, *, content: bytes, others: tuple[str, ...] = (), **changes: Any
+        self, site: Peer, *, content: bytes, others: tuple[Peer, ...] = (), **changes: Any
     ) -> agent_pb2.Task:
         """Submits a job, makes `content` its version 0, and leases the site's first training task.
 
@@ -275,12 +275,13 @@ class Federation:
         task = await site.lease()
         assert task.kind == agent_pb2.TASK_KIND_INIT
         blob = await site.upload(task, content)
-        for name in others:
-            self.store.sites.see(name, agent={}, now_unix_seconds=time.time())
+        # Who asks for work is there; an agent does so all the time, and on a slow machine once would not be enough.
+        asking = [asyncio.create_task(other.lease()) for other in others]
         done = await site.finish(task, manifest=manifest(blob))
         assert done.fate == agent_pb2.FATE_ACCEPTED, done.reason
         task = await site.lease()
         assert task.kind == agent_pb2.TASK_KIND_TRAIN
+        await asyncio.gather(*asking)
         return task
 
 

@@ -102,7 +102,7 @@ async def test_an_update_from_another_version_or_in_an_unknown_encoding_is_rejec
 
 async def test_a_report_before_its_upload_is_no_reason_to_reject(federation: Any):
     site, other = federation.site("st-olav"), federation.site("other")
-    task = await federation.job_with_version_0(site, content=MODEL, others=("other",))
+    task = await federation.job_with_version_0(site, content=MODEL, others=(other,))
     theirs = await other.lease()
     update = await site.upload(task, UPDATE)
     with pytest.raises(errors.Conflict, match="not been uploaded"):

@@ -52,7 +52,7 @@ async def test_a_model_is_read_whole_and_from_any_offset(federation: Any):
 async def test_one_model_is_framed_once_for_readers_that_come_together(start: Any):
     federation = await start(transfers=Transfers(frame_cache_bytes=16 << 20))
     sites = [federation.site(name) for name in ("a", "b", "c", "d")]
-    first = await federation.job_with_version_0(sites[0], content=MODEL, others=("b", "c", "d"))
+    first = await federation.job_with_version_0(sites[0], content=MODEL, others=tuple(sites[1:]))
     await asyncio.gather(*(site.lease() for site in sites[1:]))
     read = await asyncio.gather(*(site.read(first.model.digest) for site in sites))
     assert set(read) == {MODEL}
@@ -221,7 +221,7 @@ async def test_the_disk_reserve_and_the_largest_size_are_kept(start: Any):
 async def test_more_streams_than_turns_wait_and_are_all_served(start: Any):
     federation = await start(transfers=Transfers(max_transfers=1))
     sites = [federation.site(name) for name in ("a", "b", "c")]
-    tasks = [await federation.job_with_version_0(sites[0], content=MODEL, others=("b", "c"))]
+    tasks = [await federation.job_with_version_0(sites[0], content=MODEL, others=tuple(sites[1:]))]
     tasks += [await site.lease() for site in sites[1:]]
     contents = [tensor_file(fill=fill, elements=700_000) for fill in (1, 2, 3)]
     uploads = [site.upload(task, content) for site, task, content in zip(sites, tasks, contents, strict=True)]
@@ -234,7 +234,7 @@ async def test_streams_beyond_those_that_may_wait_are_told_to_come_again(start: 
     federation = await start(transfers=Transfers(max_transfers=1))
     names = [f"site-{number}" for number in range(2 + WAITING_PER_TURN)]
     sites = [federation.site(name) for name in names]
-    first = await federation.job_with_version_0(sites[0], content=MODEL, others=tuple(names[1:]))
+    first = await federation.job_with_version_0(sites[0], content=MODEL, others=tuple(sites[1:]))
     tasks = [first, *[await site.lease() for site in sites[1:]]]
     silent = [site.open_write() for site in sites[:-1]]
     for stream, task in zip(silent, tasks, strict=False):
@@ -252,7 +252,7 @@ async def test_streams_beyond_those_that_may_wait_are_told_to_come_again(start: 
 async def test_one_site_cannot_take_all_turns(start: Any, services: list[TransferService]):
     federation = await start()
     greedy, other = federation.site("greedy"), federation.site("other")
-    task = await federation.job_with_version_0(greedy, content=MODEL, others=("other",))
+    task = await federation.job_with_version_0(greedy, content=MODEL, others=(other,))
     streams = [greedy.open_write() for _ in range(STREAMS_PER_CALLER)]
     for stream in streams:
         stream.messages.put(upload_frames(task, UPDATE)[0])
