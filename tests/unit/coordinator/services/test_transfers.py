@@ -254,8 +254,9 @@ async def test_one_site_cannot_take_all_turns(start: Any, services: list[Transfe
     greedy, other = federation.site("greedy"), federation.site("other")
     task = await federation.job_with_version_0(greedy, content=MODEL, others=(other,))
     streams = [greedy.open_write() for _ in range(STREAMS_PER_CALLER)]
-    for stream in streams:
-        stream.messages.put(upload_frames(task, UPDATE)[0])
+    # Each its own blob: a newer writer of the same one would end the older.
+    for fill, stream in enumerate(streams, start=1):
+        stream.messages.put(upload_frames(task, tensor_file(fill=fill, elements=700_000))[0])
     while services[0]._streams["greedy"] < STREAMS_PER_CALLER:
         await asyncio.sleep(0.02)
     with pytest.raises(errors.Unavailable):
