@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import sys
+from collections.abc import Awaitable
 from dataclasses import dataclass
 
 import structlog
@@ -111,10 +112,20 @@ async def _serve(home: Home, *, insecure_loopback: bool) -> None:
     log.info("The agent runs.", site=me.name, coordinator=me.coordinator, device=device, http=address)
     if site.policy is None:
         log.warning("site.toml has no [policy]: nothing will run here.")
-    working = asyncio.ensure_future(agent.daemon.run())
+    try:
+        await until_stopped(agent.daemon.run(), runner=agent.runner, within_seconds=site.device.stop_seconds)
+    finally:
+        await agent.runner.close()
+        await http.cleanup()
+        await agent.session.close()
+
+
+async def until_stopped(work: Awaitable[object], *, runner: Runner, within_seconds: float) -> None:
+    """Until SIGTERM or SIGINT; the trainer then has `within_seconds` to save what it does."""
+    working = asyncio.ensure_future(work)
 
     def stop() -> None:
-        agent.runner.shut_down(within_seconds=site.device.stop_seconds)
+        runner.shut_down(within_seconds=within_seconds)
         working.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -123,7 +134,3 @@ async def _serve(home: Home, *, insecure_loopback: bool) -> None:
         await working
     except asyncio.CancelledError:
         log.info("The agent stops; unfinished work is kept and goes on at the next start.")
-    finally:
-        await agent.runner.close()
-        await http.cleanup()
-        await agent.session.close()

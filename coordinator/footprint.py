@@ -95,10 +95,6 @@ def footprint(
     )
 
 
-def _answer_tokens(spec: JobSpec, *, tokens: int) -> float:
-    return COMPLETION_PART * tokens if isinstance(spec.task, CausalLm) else 0
-
-
 def _optimizer_bytes(spec: JobSpec) -> int:
     if spec.local.optimizer == "adamw":
         return 8

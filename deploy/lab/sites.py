@@ -8,7 +8,6 @@ trainer, whose base model stays loaded, and take turns on the device. So 32 site
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +17,7 @@ import structlog
 from client_agent import facts, settings
 from client_agent.home import Home
 from client_agent.loop import Daemon
-from client_agent.main import Agent, compose, configure_logs
+from client_agent.main import Agent, compose, configure_logs, until_stopped
 from client_agent.observe import AgentMetrics, serve
 from client_agent.runner import Runner
 
@@ -46,17 +45,8 @@ async def run(agents: Path, *, http_address: str) -> None:
         http, address = await serve(http_address, metrics=metrics, not_ready=not_ready)
         log.info("The sites run.", sites=len(found), http=address)
         working = asyncio.gather(*(_work(name, agent.daemon) for name, agent in found.items()))
-
-        def stop() -> None:
-            runner.shut_down(within_seconds=STOP_SECONDS)
-            working.cancel()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop)
         try:
-            await working
-        except asyncio.CancelledError:
-            log.info("The sites stop; unfinished work is kept and goes on at the next start.")
+            await until_stopped(working, runner=runner, within_seconds=STOP_SECONDS)
         finally:
             await runner.close()
             await http.cleanup()
