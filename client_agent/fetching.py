@@ -29,6 +29,8 @@ class Fetched:
 
     model: Path | None = None
     encoded: Path | None = None
+    # Of a distillation without labels: the files of task.members.
+    members: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,19 @@ class Fetching:
         task = grant.task
         if not task.HasField("model"):
             return Fetched()
+        if task.members:
+            model = await self.blob(task.model, grant, under_lease=under_lease)
+            return Fetched(model, members=await self.members(grant, under_lease=under_lease))
         if task.initial and not whole:
             if task.initial == task.model.digest:
                 return Fetched()
             if task.HasField("encoded"):
                 return Fetched(encoded=await self.blob(task.encoded.blob, grant, under_lease=under_lease))
         return Fetched(model=await self.blob(task.model, grant, under_lease=under_lease))
+
+    async def members(self, grant: Grant, *, under_lease: UnderLease[Path]) -> tuple[Path, ...]:
+        """The updates that the task names, in its order. Errors as `blob`."""
+        return tuple([await self.blob(member.blob, grant, under_lease=under_lease) for member in grant.task.members])
 
     async def blob(self, blob: BlobRef, grant: Grant, *, under_lease: UnderLease[Path]) -> Path:
         """A blob that the task names, in the cache. InvalidInput after several bad arrivals."""
@@ -88,5 +97,6 @@ class Fetching:
 
         progress(0, blob.size)
         path = await under_lease(grant, attempt)
-        await asyncio.to_thread(self.cache.prune, needed={blob.digest})
+        needed = {blob.digest, grant.task.model.digest, *(member.blob.digest for member in grant.task.members)}
+        await asyncio.to_thread(self.cache.prune, needed=needed)
         return path

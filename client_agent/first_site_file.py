@@ -50,7 +50,8 @@ name = "auto"          # "auto" takes the first GPU; or "cpu", "cuda:1"
 # --- policy: without this section nothing runs here. Each list names what is allowed; "*" allows all of its kind.
 #
 # [policy]
-# tasks = ["classification"]      # and "causal-lm", to tune language models on instructions
+# tasks = ["classification"]      # and "causal-lm", to tune language models on instructions; "distill", which only
+#                                 # a house agent is asked for: a teacher here trains what the sites have learnt
 # base_models = ["minilm"]        # names or digests (silotune-agent model list)
 # fetch_base_models = true        # such a model is fetched from the coordinator, where it has it and this site does not
 # data_sets = ["answers"]

@@ -4,10 +4,13 @@ The trainer makes the directory when it needs it, and writes what lies there:
 
     initial.safetensors             version 0 as this site builds it, where the recipe encodes the way down
     residual-<round>.safetensors    what rounding lost in the update of that round, with error feedback
+    control-<round>.safetensors     this site's mean gradient after that round, with rule scaffold
+    teacher-<round>.safetensors     the teacher after the distillation of that round, at a house agent
+    mentor-<round>.safetensors      this site's own model after that round, with a mentor
     medqa-validation-version-<v>.jsonl, ...    the answers of a version to a benchmark's questions
 
-Nothing here is needed to go on: without it a whole version is fetched, and what was lost stays lost. It goes when the
-coordinator says that the job has ended for good.
+Nothing here is needed to go on: without it a whole version is fetched, what was lost stays lost, and a mentor begins
+anew. It goes when the coordinator says that the job has ended for good.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ KIND_NAMES = {
     agent_pb2.TASK_KIND_INIT: "init",
     agent_pb2.TASK_KIND_TRAIN: "train",
     agent_pb2.TASK_KIND_EVALUATE: "evaluate",
+    agent_pb2.TASK_KIND_DISTILL: "distill",
 }
 UNKNOWN_KIND = "unknown"  # of a newer coordinator
 

@@ -16,9 +16,11 @@ from client_agent.settings import Policy
 from client_agent.taskdir import read_json, write_json
 from protos.digests import DIGEST, digest_of
 from protos.errors import InvalidInput, NotFound
-from protos.jobspec import JobSpec, Synthetic, from_json
+from protos.jobspec import BaseModelRef, JobSpec, Synthetic, from_json
 
 EVERYTHING = "*"
+# Under `tasks`: distilling what the sites' updates were aggregated to, which only a house agent is asked for.
+DISTILL = "distill"
 MINIMUM_PREFIX = 6
 
 
@@ -34,15 +36,24 @@ class Verdict:
     reason: str
 
 
-def decide(policy: Policy | None, spec: JobSpec, *, base_digest: str, data_rows: int | None) -> Verdict:
-    """The policy's verdict on a job.
+def decide(
+    policy: Policy | None, spec: JobSpec, *, base_digest: str, data_rows: int | None,
+    distills: bool = False, teacher: BaseModelRef | None = None, teacher_digest: str = "",
+) -> Verdict:  # fmt: skip
+    """The policy's verdict on a job; with `distills` on distilling its aggregates. `teacher` is what the task trains
+    beside the job's model.
 
-    `base_digest` is that of the base model as this site holds it, empty when it holds none or needs none; `data_rows`
-    the rows of the named data set here, None when the task reads no data.
+    `base_digest` is that of the base model as this site holds it, empty when it holds none or needs none, and
+    `teacher_digest` the same of the teacher; `data_rows` the rows of the named data set here, None when the task reads
+    no data.
     """
     if policy is None:
         return Verdict(Answer.DENY, "This site has no [policy] in its site.toml, so nothing runs here.")
-    reason = _objection(policy, spec, base_digest=base_digest, data_rows=data_rows)
+    reason = _objection(policy, spec, base_digest=base_digest, data_rows=data_rows, distills=distills)
+    if distills and not reason:
+        reason = _objection_to_distilling(policy, spec)
+    if teacher and not reason and not _listed(policy.base_models, teacher.name, teacher_digest):
+        reason = f"base_models names neither {teacher.name!r} nor its digest"
     if reason:
         return Verdict(Answer.DENY, f"The policy of this site does not allow it: {reason}.")
     if policy.approval == "ask":
@@ -50,7 +61,9 @@ def decide(policy: Policy | None, spec: JobSpec, *, base_digest: str, data_rows:
     return Verdict(Answer.ALLOW, "The policy allows it.")
 
 
-def _objection(policy: Policy, spec: JobSpec, *, base_digest: str, data_rows: int | None) -> str:
+def _objection(
+    policy: Policy, spec: JobSpec, *, base_digest: str, data_rows: int | None, distills: bool
+) -> str:  # fmt: skip
     """The first thing about the job that the policy does not allow, or nothing."""
     if not _listed(policy.tasks, spec.task.type):
         return f"tasks does not name {spec.task.type!r}"
@@ -60,14 +73,17 @@ def _objection(policy: Policy, spec: JobSpec, *, base_digest: str, data_rows: in
         return f"methods does not name {spec.method.type!r}"
     if not _listed(policy.base_models, spec.base_model.name, base_digest):
         return f"base_models names neither {spec.base_model.name!r} nor its digest"
-    if not _listed(policy.data_sets, spec.data.name):
-        return f"data_sets does not name {spec.data.name!r}"
-    if spec.local.epochs is not None and spec.local.epochs > policy.max_epochs:
+    data = spec.proxy_data if distills else spec.data.name
+    if not _listed(policy.data_sets, data):
+        return f"data_sets does not name {data!r}"
+    if spec.local.epochs is not None and spec.local.epochs > policy.max_epochs and not distills:
         return f"{spec.local.epochs:g} epochs a round are more than max_epochs = {policy.max_epochs:g}"
     if data_rows is None:
         return ""
     if data_rows < policy.min_rows:
-        return f"data set {spec.data.name!r} has fewer rows than min_rows = {policy.min_rows}"
+        return f"data set {data!r} has fewer rows than min_rows = {policy.min_rows}"
+    if distills:
+        return ""
     if spec.local.steps is not None and data_rows:
         epochs = spec.local.steps * spec.local.batch_size / data_rows
         # At least one pass is always within reach: a step count says nothing about a small data set.
@@ -75,6 +91,18 @@ def _objection(policy: Policy, spec: JobSpec, *, base_digest: str, data_rows: in
             return (
                 f"{spec.local.steps} steps are {epochs:.1f} epochs here, more than max_epochs = {policy.max_epochs:g}"
             )
+    return ""
+
+
+def _objection_to_distilling(policy: Policy, spec: JobSpec) -> str:
+    how = spec.distillation
+    if how is None:
+        return "the recipe asks for no distillation"
+    if not _listed(policy.tasks, DISTILL):
+        return f"tasks does not name {DISTILL!r}"
+    epochs = how.epochs + (how.teacher_epochs if how.teacher else 0)
+    if epochs > policy.max_epochs and spec.data is not None:
+        return f"{epochs:g} epochs of distillation a round are more than max_epochs = {policy.max_epochs:g}"
     return ""
 
 

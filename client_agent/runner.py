@@ -54,6 +54,8 @@ class Failure:
     full_disk: bool = False
     # It cannot make the version by itself.
     needs_version: bool = False
+    # The site's policy does not allow what only the trainer could count.
+    declined: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ class Runner:
                     return Failure(
                         event["reason"], event.get("hint", ""),
                         full_disk=event.get("full_disk", False), needs_version=event.get("needs_version", False),
+                        declined=event.get("declined", False),
                     )  # fmt: skip
                 case "cancelled":
                     raise Internal("The trainer reports a cancellation that nobody asked for.")

@@ -31,6 +31,7 @@ class DataSet(_Part):
     # Default: by the file's ending.
     format: Literal["csv", "jsonl", "parquet"] | None = None
     text: str = "text"
+    # "": texts without labels, from which only a distillation can learn.
     label: str = "label"
     # Where this names a column, the table holds instructions: what is asked, what it is about (a table may lack a
     # column of this name, and has none where the column is that of `instruction`), and what to learn.

@@ -28,7 +28,7 @@ from client_agent.observe import AgentMetrics
 from client_agent.policy import Answer, Approvals, decide, may_read, parse_spec
 from client_agent.runner import Finished, Paused, Runner
 from client_agent.session import Session
-from client_agent.settings import DataSet, SiteSettings
+from client_agent.settings import SiteSettings
 from client_agent.taskdir import (
     TaskResult,
     TaskSpec,
@@ -39,7 +39,7 @@ from client_agent.taskdir import (
     write_spec,
 )
 from protos.errors import InvalidInput, NotFound
-from protos.jobspec import JobSpec, Synthetic
+from protos.jobspec import BaseModelRef, JobSpec, Synthetic
 from protos.metrics import METRICS
 from protos.v1 import agent_pb2
 from protos.v1.manifest_pb2 import BlobRef
@@ -99,14 +99,19 @@ class Stages:
         if grant.work.kind == UNKNOWN_KIND:
             raise Refused(f"This agent ({facts.agent_version()}) is too old for this kind of task; update it.")
         spec = parse_spec(grant.task.spec_json, spec_hash=grant.task.spec_hash)
-        base_digest = await self._check_base_model(grant, spec)
+        base_digest, distills = await self._check_base_model(grant, spec), grant.work.kind == "distill"
+        teacher_digest = await self._check_teacher(spec.beside(grant.work.kind))
         rows = None
         if spec.data is not None and grant.work.kind != "init":
             asked = grant.work.kind == "evaluate" and self._benchmarks(spec)
-            if self.settings.policy is not None and spec.data.name not in self.settings.data and not asked:
-                raise Refused(f"This site describes no data set named {spec.data.name!r}.")
-            rows = self.rows.get(spec.data.name, None if asked else 0)
-        verdict = decide(self.settings.policy, spec, base_digest=base_digest, data_rows=rows)
+            name = spec.proxy_data if distills else spec.data.name
+            if self.settings.policy is not None and name not in self.settings.data and not asked:
+                raise Refused(f"This site describes no data set named {name!r}.")
+            rows = self.rows.get(name, None if asked else 0)
+        verdict = decide(
+            self.settings.policy, spec, base_digest=base_digest, data_rows=rows,
+            distills=distills, teacher=spec.beside(grant.work.kind), teacher_digest=teacher_digest,
+        )  # fmt: skip
         if verdict.answer is Answer.DENY:
             raise Refused(verdict.reason)
         if verdict.answer is Answer.ASK:
@@ -142,6 +147,22 @@ class Stages:
                     f"This site's copy of base model {name} has the digest {digest[:12]}; "
                     f"the job was begun with {wanted[:12]}."
                 )
+        return digest
+
+    async def _check_teacher(self, teacher: BaseModelRef | None) -> str:
+        """The digest of this site's copy of a teacher, or of a mentor. Refused: it has none, or not the one that the
+        recipe pins."""
+        if not teacher or self.settings.policy is None:
+            return ""
+        try:
+            digest = (await asyncio.to_thread(self.models.current, teacher.name)).digest
+        except (NotFound, InvalidInput) as error:
+            raise Refused(str(error)) from error
+        if teacher.digest not in (None, digest):
+            raise Refused(
+                f"This site's copy of base model {teacher.name} has the digest {digest[:12]}; "
+                f"the recipe pins {teacher.digest[:12]}."
+            )
         return digest
 
     # --- run
@@ -211,6 +232,8 @@ class Stages:
                 continue
             if ended.full_disk:
                 raise disk_is_full()
+            if ended.declined:
+                raise Refused(ended.reason)
             if ended.needs_version:
                 self._wants_whole.add(grant.work.job_id)
                 raise VersionNeeded(ended.reason)
@@ -238,9 +261,12 @@ class Stages:
 
     def _task_spec(self, grant: Grant, spec: JobSpec, fetched: Fetched) -> TaskSpec:
         base = self.models.current(spec.base_model.name) if spec.base_model else None
-        data_set: DataSet | None = None
-        if spec.data is not None and grant.work.kind != "init" and spec.data.name in self.settings.data:
-            data_set = self.settings.data[spec.data.name].at(self.home.site_file.parent)
+        distills = grant.work.kind == "distill"
+        named = spec.beside(grant.work.kind)
+        teacher = self.models.current(named.name) if named else None
+        data_set = self._data_set(spec.data.name) if spec.data and grant.work.kind != "init" else None
+        if distills and spec.data and not may_read(self.settings.policy, spec.data.name):
+            data_set = None  # Only the proxy data were asked about.
         return TaskSpec(
             task_id=grant.task.id,
             job_id=grant.work.job_id,
@@ -253,7 +279,7 @@ class Stages:
             encoded_path=None if fetched.encoded is None else str(fetched.encoded),
             base_model_path=base.directory if base else None,
             base_digest=base.digest if base else "",
-            data_set=data_set.model_dump(mode="json") if data_set else None,
+            data_set=data_set,
             device=facts.choose_device(self.settings.device, gpu=self.gpu),
             threads=self.settings.device.threads,
             processes=self.settings.device.processes,
@@ -261,13 +287,27 @@ class Stages:
             site=self.session.identity.name,
             state_directory=str(self.job_states.path(grant.work.job_id)),
             counted_round=grant.task.counted_round,
+            max_epochs=self.settings.policy.max_epochs if self.settings.policy else None,
             benchmarks=self._benchmarks(spec) if grant.work.kind == "evaluate" else {},
+            teacher_model_path=teacher.directory if teacher else None,
+            teacher_digest=teacher.digest if teacher else "",
+            members=[
+                {"path": str(path), "weight": member.weight}
+                for path, member in zip(fetched.members, grant.task.members, strict=True)
+            ],
+            proxy_data_set=self._data_set(spec.proxy_data) if distills else None,
         )
+
+    def _data_set(self, name: str) -> dict[str, Any] | None:
+        """settings.DataSet as JSON of this site's data set of that name."""
+        if name not in self.settings.data:
+            return None
+        return self.settings.data[name].at(self.home.site_file.parent).model_dump(mode="json")
 
     def _benchmarks(self, spec: JobSpec) -> dict[str, Any]:
         """settings.DataSet as JSON of each benchmark of the job that this site has and may read."""
         return {
-            name: self.settings.data[name].at(self.home.site_file.parent).model_dump(mode="json")
+            name: self._data_set(name)
             for name in spec.evaluation.benchmarks
             if name in self.settings.data and may_read(self.settings.policy, name)
         }

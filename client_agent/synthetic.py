@@ -7,6 +7,8 @@ agent. It walks its files in blocks: a model of any size passes in a few megabyt
     train       x + noise * p, where p is a block of N(0, 1) from the task's seed, repeated; a checkpoint holds the time
                 that has passed and the steps that it stands for. While a file hold-<round> lies beside the task's
                 directory it has begun and does not go on: so a test catches it on a machine of any speed
+    distill     the aggregate + noise * p, like a training. Its teacher only counts its lessons, 1 / `teacher_loss`; of
+                members it is checked that the aggregate is their mean
     evaluate    metrics computed from the first values of the model
 """
 
@@ -37,11 +39,13 @@ from client_agent.taskdir import (
     VersionNeeded,
     is_full,
     read_checkpoint,
+    read_json,
     read_spec,
     tidy_checkpoints,
     until_written,
     wait_for_room,
     write_checkpoint,
+    write_json,
     write_result,
 )
 from client_agent.training.encoding import is_encoded, version_file, write_update
@@ -54,6 +58,7 @@ BLOCK_VALUES = 1 << 20
 PROGRESS_SECONDS = 0.5
 HOLD_LOOK_SECONDS = 0.05
 VALUE_BYTES = 4
+TEACHER = "teacher-{round}.json"
 
 
 class Cancelled(Exception):
@@ -161,10 +166,39 @@ def train(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
     )
 
 
+def distill(task: TaskSpec, directory: Path, control: Control) -> TaskResult:
+    aggregate = _version(task, directory, control)
+    spent = _pass_time(task, directory, steps=1, stage="training", control=control)
+    if task.members:
+        _check_members(task, aggregate)
+    _write_update(task, directory, control, version=aggregate)
+    states = Path(task.state_directory)
+    states.mkdir(parents=True, exist_ok=True)
+    before = read_json(states / TEACHER.format(round=task.counted_round)) or {"lessons": 0}
+    lessons = before["lessons"] + 1
+    write_json(states / TEACHER.format(round=task.round), {"lessons": lessons})
+    return TaskResult(
+        examples=_examples(task), steps=1, metrics={"teacher_loss": 1.0 / lessons, "distillation_kept": 1.0},
+        seconds={"train": spent},
+    )  # fmt: skip
+
+
+def _check_members(task: TaskSpec, aggregate: Path) -> None:
+    total = np.zeros(0)
+    for path, weight in [(member["path"], member["weight"]) for member in task.members] + [(aggregate, -1.0)]:
+        with open(path, "rb") as source:
+            _, layout = _read_layout(source)
+            count = min(layout.data_bytes, BLOCK_VALUES * VALUE_BYTES)
+            values = weight * np.frombuffer(source.read(count), dtype=np.float32).astype(np.float64)
+        total = total + values if total.size else values
+    if not np.allclose(total, 0, atol=1e-6):
+        raise InvalidInput("The aggregate is not the mean of the updates that came with it.")
+
+
 def _write_update(task: TaskSpec, directory: Path, control: Control, *, version: Path) -> None:
     pattern = np.random.default_rng(task.seed).standard_normal(BLOCK_VALUES, dtype=np.float32)
     pattern *= np.float32(task.spec["task"]["noise"])
-    if is_encoded(task):
+    if task.kind == "train" and is_encoded(task):
         with TensorFile(version) as old:
             write_update(
                 task, _noisy(old, pattern, control), tensors=old.layout.named, version=version, directory=directory
@@ -254,7 +288,7 @@ def _pass_time(task: TaskSpec, directory: Path, *, steps: int, stage: str, contr
     before = saved = found.state["seconds"] if found else 0.0
     done = found.step if found else 0
     hold = directory.parent / f"hold-{task.round}"
-    if task.kind == "train" and hold.exists():
+    if task.kind in ("train", "distill") and hold.exists():
         say("progress", stage=stage, done=done, total=steps, unit="steps", metrics={})
         while hold.exists():
             control.wait(HOLD_LOOK_SECONDS)
@@ -288,7 +322,7 @@ def _save(directory: Path, checkpoint: Checkpoint) -> None:
         say("warning", sentence=f"A checkpoint could not be saved: {error.strerror}.")
 
 
-KINDS = {"init": init, "train": train, "evaluate": evaluate}
+KINDS = {"init": init, "train": train, "distill": distill, "evaluate": evaluate}
 
 
 def run(directory: Path, control: Control) -> None:

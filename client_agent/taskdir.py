@@ -2,14 +2,14 @@
 network, meet.
 
     spec.json            what to do                                   written by the daemon
-    update.safetensors   the trained tensors, or version 0            written by the trainer
+    update.safetensors   the trained tensors, or a whole version      written by the trainer
     files/               INIT: config, tokenizer, frozen tensors      written by the trainer
     checkpoint.json      how far an interrupted training came, and the name and digest of its tensors; the newest only
     result.json          numbers; written last and atomically, so its presence means: finished
 
 Control is JSON lines. To the trainer: {"run": "<directory>"}, {"cancel": true}, {"pause": true}; end of input means:
 exit. From it: {"event": "progress", "stage", "done", "total", "unit", "metrics"} and {"event": "warning", "sentence"},
-then exactly one of {"event": "done"}, {"event": "failed", "reason", "hint", "full_disk", "needs_version"},
+then exactly one of {"event": "done"}, {"event": "failed", "reason", "hint", "full_disk", "needs_version", "declined"},
 {"event": "cancelled"}, {"event": "paused"}. A training that is paused saves a checkpoint at its next step; the same
 directory is run again to go on from there. Other work that is paused has kept nothing and begins anew.
 
@@ -48,6 +48,10 @@ class Paused(Exception):
     """Ends a task in the trainer: the daemon wants the device back, and runs the directory again later."""
 
 
+class TooManyEpochs(Exception):
+    """The site declines the training: over its rows it is more epochs than its policy allows."""
+
+
 class VersionNeeded(Exception):
     """The trainer cannot make the version that the task starts from; the daemon has to fetch it whole."""
 
@@ -59,7 +63,7 @@ class TaskSpec:
     task_id: str
     job_id: str
     round: int
-    kind: str  # "init" | "train" | "evaluate"
+    kind: str  # "init" | "train" | "distill" | "evaluate"
     spec: dict[str, Any]  # the JobSpec as JSON
     seed: int
     split: str  # evaluate: "validation" | "test"
@@ -79,8 +83,18 @@ class TaskSpec:
     state_directory: str = ""
     # The version as the difference from version 0; without it and without `model_path` it is version 0 itself.
     encoded_path: str | None = None
-    # train: the latest round in which this site's update counted; 0: none
+    # train, distill: the latest round in which this site's update counted, or its distillation; 0: none
     counted_round: int = 0
+    # train: what the site's policy allows in a round; None: whatever the recipe says
+    max_epochs: float | None = None
+    # distill: the directory of the teacher's base model; None where the sites' updates are the teacher
+    # train: of the mentor's, where there is one
+    teacher_model_path: str | None = None
+    teacher_digest: str = ""
+    # distill without labels: the updates of the round, each {"path": a file of plain tensors, "weight": its share of 1}
+    members: list[dict[str, Any]] = field(default_factory=list)
+    # distill: settings.DataSet as JSON of what is learnt from; `data_set` is the job's own, where it may be read here
+    proxy_data_set: dict[str, Any] | None = None
 
     def work_digest(self, **more: Any) -> str:
         """Of all that a training follows from, `more` included. The grant, and where the site keeps things, are not."""

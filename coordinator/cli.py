@@ -139,6 +139,7 @@ def model() -> None:
     silotune model export JOB --out DIR
     silotune model add org/model DIR
     silotune model list
+    silotune model remove org/model
     """
 
 
@@ -181,6 +182,21 @@ def list_models(*, client: OperatorClient, output: Output) -> None:
         shown.add_row(found.name, size(sum(file.blob.size for file in found.files)), found.digest[:12], state)
     text = shown if answer.models else "No base model is served; `silotune model add NAME DIR` adds one."
     output.answer(facts(answer), text=text)
+
+
+@model.command("remove")
+@click.argument("name")
+@asks
+def remove_model(*, client: OperatorClient, output: Output, name: str) -> None:
+    """Serve the base model NAME no longer; its files are deleted with the garbage, an hour or two later.
+
+    Sites keep the copies that they have. Refused while a job that is under way names it.
+
+    \b
+    silotune model remove org/model
+    """
+    client.ask("RemoveBaseModel", operator_pb2.RemoveBaseModelRequest(name=name))
+    output.answer({"name": name}, text=f"{name} is no longer served.")
 
 
 @model.command("export")

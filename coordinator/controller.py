@@ -19,13 +19,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+from coordinator.aggregation.anomalies import POOLED_ROUNDS
 from coordinator.aggregation.process import AggregationProcess
 from coordinator.presence import ServiceClock, Watch
 from coordinator.rounds import state as s
@@ -36,7 +37,8 @@ from coordinator.storage.jobs import Driven
 from coordinator.storage.sites import CONNECTED_SECONDS
 from coordinator.storage.store import Store
 from protos.errors import CorruptData, NotFound, SilotuneError
-from protos.jobspec import Lora, task_seed
+from protos.jobspec import DRIFT_RULES, Lora, task_seed
+from protos.update_figures import NORM, by_site
 
 TICK_SECONDS = 1.0
 # A step decides one thing; this many without waiting for anything means a defect, not a busy job.
@@ -324,7 +326,7 @@ class Controller:
                     where = await path(part.digest)
                 except (NotFound, CorruptData):
                     return {"corrupt_site": part.site}
-                parts.append({"site": part.site, "digest": part.digest, "weight": part.weight, "path": where})
+                parts.append({**asdict(part), "path": where})
             output, state_output = Path(directory, "version"), Path(directory, "state")
             has_state = optimizer.type != "none"
             order: dict[str, Any] = {
@@ -334,7 +336,13 @@ class Controller:
                 "optimizer": optimizer.model_dump(),
                 "output": str(output),
             }
-            if has_state or job.spec.encoding.up != "raw" or isinstance(job.spec.method, Lora):
+            compares = job.spec.aggregation.measures_updates
+            needs_previous = has_state or job.spec.aggregation.rule in DRIFT_RULES or isinstance(job.spec.method, Lora)
+            if compares:
+                rounds, until = self.store.views.rounds, command.round - 1
+                recent = await asyncio.to_thread(rounds, job_id, last=POOLED_ROUNDS, until=until)
+                order["history"] = [by_site(one.metrics, NORM) for one in recent]
+            if needs_previous or compares or job.spec.encoding.up != "raw":
                 order["previous"] = await path(previous["digest"])
                 order["previous_digest"] = previous["digest"]
             if has_state:

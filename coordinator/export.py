@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ from coordinator import model_card
 from coordinator.adapter_export import is_plain, write_plain_adapter
 from coordinator.client import OperatorClient
 from protos import jobspec, tensors
+from protos.adapters import CONTROL
 from protos.digests import new_hasher
 from protos.errors import AlreadyExists, CorruptData, OutOfSpace, SilotuneError
 from protos.jobspec import JobSpec, Lora, Synthetic
@@ -62,7 +63,7 @@ def export(
     ready = staging / "ready"
     shutil.rmtree(ready, ignore_errors=True)
     ready.mkdir(parents=True)
-    _check_space(blobs, directory=staging, plain=is_plain(spec))
+    _check_space(blobs, directory=staging, spec=spec)
     _download_all(client, blobs, directory=staging, show_progress=show_progress)
     _assemble(blobs, spec=spec, staging=staging, ready=ready)
     files = {path.name: {"size": path.stat().st_size, "digest": _digest(path)} for path in sorted(ready.iterdir())}
@@ -115,14 +116,14 @@ def _claim(directory: Path, *, force: bool) -> list[str]:
     return []
 
 
-def _check_space(blobs: dict[str, manifest_pb2.BlobRef], *, directory: Path, plain: bool) -> None:
+def _check_space(blobs: dict[str, manifest_pb2.BlobRef], *, directory: Path, spec: JobSpec) -> None:
     missing = 0
     for blob in blobs.values():
         part = directory / blob.digest
         missing += blob.size - (part.stat().st_size if part.exists() else 0)
-    if not plain:
+    if not is_plain(spec):
         missing += blobs[ADAPTER_TENSORS].size
-    if FROZEN in blobs:
+    if _is_rewritten(blobs, spec=spec):
         # The joined file lies beside its parts until they are deleted.
         missing += sum(blob.size for blob in blobs.values())
     free = shutil.disk_usage(directory).free
@@ -179,10 +180,10 @@ def _continue(
 def _assemble(blobs: dict[str, manifest_pb2.BlobRef], *, spec: JobSpec, staging: Path, ready: Path) -> None:
     """The model directory in `ready`; the loaded blobs are moved, not copied, where they are wanted as they are."""
     parts = dict(blobs)
-    if FROZEN in parts:
+    if _is_rewritten(parts, spec=spec):
         tensor_file = _tensor_file(spec)
-        sources = [staging / parts.pop(name).digest for name in (tensor_file, FROZEN)]
-        join(sources, target=ready / tensor_file)
+        sources = [staging / parts.pop(name).digest for name in (tensor_file, FROZEN) if name in parts]
+        join(sources, target=ready / tensor_file, leave_out=CONTROL if spec.aggregation.rule == "scaffold" else None)
     version = None if is_plain(spec) else staging / parts.pop(ADAPTER_TENSORS).digest
     by_digest: dict[str, Path] = {}
     for name, blob in parts.items():
@@ -198,8 +199,15 @@ def _assemble(blobs: dict[str, manifest_pb2.BlobRef], *, spec: JobSpec, staging:
         write_plain_adapter(version, config=config, method=spec.method, target=ready / ADAPTER_TENSORS)
 
 
-def join(sources: Sequence[Path], *, target: Path) -> None:
+def _is_rewritten(blobs: Collection[str], *, spec: JobSpec) -> bool:
+    """Whether the exported tensors are not the version's: frozen ones come to them, or the controls go."""
+    return FROZEN in blobs or spec.aggregation.rule == "scaffold"
+
+
+def join(sources: Sequence[Path], *, target: Path, leave_out: str | None = None) -> None:
     """One safetensors file with the tensors of all `sources`, of any dtype, sorted by name.
+
+    But for those whose names begin with `leave_out`.
 
     CorruptData: two tensors have the same name, or a header is not one or does not describe its file.
     """
@@ -208,6 +216,8 @@ def join(sources: Sequence[Path], *, target: Path) -> None:
     for path in sources:
         entries, data_start = _entries(path)
         for name, entry in entries.items():
+            if leave_out and name.startswith(leave_out):
+                continue
             if name in where:
                 raise CorruptData(f"Tensor {name!r} is both federated and frozen.")
             begin, end = entry["data_offsets"]

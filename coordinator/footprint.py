@@ -13,8 +13,8 @@ tokens, w = 2 bytes a value under bfloat16 and 4 otherwise:
                   t h bytes in 16 bits, where Korthikanti et al. 2022 (arXiv:2205.05198) count 34 t h. Attention that is
                   written out ("eager") keeps 5 w/2 x heads x t x max_length more, with heads of 64. With gradient
                   checkpointing w t h for each layer, and one layer whole.
-    logits        of the completions, taken to be half of the tokens: t/2 x vocabulary x (w + 4 for the loss in float32
-                  + 4 for its gradient). Of a classifier: nothing.
+    logits        of the completions, taken to be half of the tokens: t/2 x vocabulary x (w + w for their gradient);
+                  their float32 values are made for some of the rows at a time. Of a classifier: nothing.
     runtime       CUDA's context and libraries, or torch's own memory on a CPU.
 
 Several GPUs share weights that are not quantised evenly (FSDP2). Allocators fragment, and a driver has needs of its
@@ -62,10 +62,10 @@ class Footprint:
 
 
 def footprint(
-    spec: JobSpec, shapes: Shapes, *, on_gpu: bool, gpus: int = 1, site: str, micro_batch: int, rows: int
+    spec: JobSpec, shapes: Shapes, *, on_gpu: bool, gpus: int = 1, site: str, micro_batch: int, rows: int, fold: int = 0
 ) -> Footprint:
     """Of a site of this name that trains `micro_batch` rows at a time, and has so many rows in all; `device` is of each
-    of its `gpus`."""
+    of its `gpus`. `fold` is the rank of what flora or fedex will have added to the frozen weights."""
     base = spec.base_model
     assert base is not None
     max_length = getattr(spec.task, "max_length", 0)
@@ -73,25 +73,27 @@ def footprint(
     half = spec.local.precision != "float32" if on_gpu else (base.dtype, base.quantization) == ("bfloat16", "none")
     shards = gpus if on_gpu and base.quantization == "none" else 1
     width = 2 if half else 4
-    version = make_header(version_tensors(spec, shapes))[1]
+    version = make_header(version_tensors(spec, shapes, fold=fold))[1]
     # rolora trains one half in odd rounds, and the other in even ones.
     trained = max(
         sum(math.prod(shape) for _, _, shape in update_tensors(spec, version, round_number=number, site=site))
         for number in (1, 2)
     )
-    state = version.data_bytes + trained * (4 + _optimizer_bytes(spec))
-    residual = trained * 4 if spec.encoding.up != "raw" and spec.encoding.error_feedback else 0
+    # What the proximal term pulls to is one more copy. scaffold's corrections are as large as a version's controls.
+    state = version.data_bytes + trained * (4 + _optimizer_bytes(spec) + (4 if spec.local.proximal else 0))
+    keeps_residual = spec.encoding.up != "raw" and spec.encoding.error_feedback
+    kept = trained * 4 if keeps_residual or spec.aggregation.rule == "scaffold" else 0
     checkpoint = trained * (4 + _optimizer_bytes(spec)) if spec.local.checkpoint_seconds else 0
     return Footprint(
         weights=_weights(spec, shapes, width=width, trained=trained) // shards,
         trained=state // (shards if isinstance(spec.method, Full) else 1),
         activations=_activations(spec, shapes, tokens=tokens, width=width),
-        logits=round(COMPLETION_PART * tokens) * shapes.vocabulary * (width + 8)
+        logits=round(COMPLETION_PART * tokens) * shapes.vocabulary * 2 * width
         if isinstance(spec.task, CausalLm)
         else 0,
         runtime=CUDA_BYTES if on_gpu else TORCH_BYTES,
         host=(GPU_HOST_BYTES if on_gpu else 0) + rows * max_length * TOKEN_BYTES,
-        disk=version.file_bytes * (1 + KEPT_VERSIONS) + trained * 4 + residual + checkpoint,
+        disk=version.file_bytes * (1 + KEPT_VERSIONS) + trained * 4 + kept + checkpoint,
     )
 
 

@@ -25,6 +25,7 @@ from prometheus_client.process_collector import ProcessCollector
 from coordinator.rounds.state import JobState, Phase, TaskKind
 from coordinator.storage.store import Store
 from coordinator.storage.views import JobRecord
+from protos import update_figures
 from protos.errors import SilotuneError
 
 # Jobs that have ended stay visible this long, so that the last scrape is not the end of their graphs.
@@ -122,6 +123,10 @@ class StoreCollector:
             "How far the last aggregate is from the exact mean of products.",
             labels=["job"],
         )
+        told = "Of each update in the last aggregation; see protos/update_figures.py."
+        updates = {
+            kind: GaugeMetricFamily(f"silotune_{kind}", told, labels=["job", "site"]) for kind in update_figures.KINDS
+        }
         for job in _shown(self._store.views.jobs()):
             for name in JobState:
                 state.add_metric([job.id, name.value.lower()], float(job.state is name))
@@ -136,7 +141,10 @@ class StoreCollector:
                     stages.add_metric([job.id, stage], seconds)
             if ended and "aggregation_error" in ended[-1].metrics:
                 error.add_metric([job.id], ended[-1].metrics["aggregation_error"])
-        yield from (state, current, waiting, stages, aggregation, error)
+            for kind in update_figures.KINDS if ended else ():
+                for site, value in update_figures.by_site(ended[-1].metrics, kind).items():
+                    updates[kind].add_metric([job.id, site], value)
+        yield from (state, current, waiting, stages, aggregation, error, *updates.values())
 
     def _sites(self, expiry: GaugeMetricFamily) -> Iterator[GaugeMetricFamily]:
         up = GaugeMetricFamily("silotune_site_up", "Whether the site's agent was heard of lately.", labels=["site"])

@@ -17,6 +17,7 @@ from coordinator.traffic import (
     Linear,
     Shapes,
     SiteTraffic,
+    at_house,
     ledger,
     update_bytes,
     version_bytes,
@@ -27,6 +28,10 @@ from protos.tensors import make_header
 from protos.v1.operator_pb2 import SiteView
 
 SHORTEST_LENGTH = 64
+NO_DISTILLER = (
+    "No house agent is enrolled, so every aggregate would become a version without the distillation that the recipe "
+    "asks for; `silotune site invite NAME --house` invites one."
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,11 @@ class Site:
     @property
     def on_gpu(self) -> bool:
         return self.device.startswith("cuda")
+
+    @property
+    def fetches_whole(self) -> bool:
+        """Several processes do not each make a version from a difference."""
+        return self.gpus > 1
 
 
 @dataclass(frozen=True)
@@ -98,20 +108,21 @@ class Plan:
     # If each round waits for its slowest site; None: no site was measured.
     seconds: float | None
     unmeasured: tuple[str, ...]
+    # Who is missing, where no site is at fault.
+    missing: str = ""
 
     @property
     def refusals(self) -> list[str]:
-        return [site.refusal for site in self.sites if site.refusal]
+        return [why for why in (self.missing, *(site.refusal for site in self.sites)) if why]
 
 
 def sites_of(spec: JobSpec, views: Iterable[SiteView]) -> list[Site]:
-    """The enrolled sites that may train, and the house agent that evaluates, if the recipe wants one."""
+    """The enrolled sites that may train, and the house agent, if the recipe has work for one."""
     named = spec.cohort.sites
-    at_house = "house" in spec.evaluation.where or spec.evaluation.test
     wanted = [
         view
         for view in views
-        if view.state == "ENROLLED" and (at_house if view.house else named == "all" or view.name in named)
+        if view.state == "ENROLLED" and (at_house(spec) if view.house else named == "all" or view.name in named)
     ]
     return [_site(spec, view) for view in sorted(wanted, key=lambda view: (view.house, view.name))]
 
@@ -151,12 +162,13 @@ def shapes_of(sites: Sequence[Site]) -> Shapes | None:
 def plan(spec: JobSpec, sites: Sequence[Site], *, past: Sequence[Past] = ()) -> Plan:
     """The plan for these sites. `past` are earlier jobs, the newest first; those that are not alike are passed over."""
     shapes = shapes_of(sites)
+    house = next((site.name for site in sites if site.house), "")
+    missing = NO_DISTILLER if spec.distillation and not house else ""
     if shapes is None and not isinstance(spec.task, Synthetic):
         nothing = SiteTraffic(0, 0, 0, 0)
-        return Plan(tuple(SitePlan(site, nothing, None, 0, None, "") for site in sites), None, None, ())
-    house = next((site.name for site in sites if site.house), "")
+        return Plan(tuple(SitePlan(site, nothing, None, 0, None, "") for site in sites), None, None, (), missing)
     trainers = _trainers(spec, sites)
-    book = ledger(spec, shapes, sites=trainers, house=house)
+    book = ledger(spec, shapes, sites=trainers, house=house, whole=[site.name for site in sites if site.fetches_whole])
     speeds = _speeds(spec, shapes, past=past)
     times = {
         site.name: _round_seconds(spec, site, speeds[site.name], traffic=book.sites[site.name])
@@ -167,12 +179,12 @@ def plan(spec: JobSpec, sites: Sequence[Site], *, past: Sequence[Past] = ()) -> 
     for site in sites:
         traffic = book.sites.get(site.name, SiteTraffic(0, 0, 0, 0))
         seconds = times[site.name] * traffic.rounds if site.name in times else None
-        plans.append(_site_plan(spec, site, shapes, traffic=traffic, seconds=seconds))
+        plans.append(_site_plan(spec, site, shapes, traffic=traffic, seconds=seconds, fold=book.fold_rank))
     unmeasured = tuple(name for name in trainers if name not in times)
     slowest = max(times.values(), default=0.0)
     in_all = sum(max((times.get(name, slowest) for name in cohort), default=0.0) for cohort in book.cohorts)
     total = in_all * spec.rounds / len(book.cohorts) if times else None
-    return Plan(tuple(plans), book, total, unmeasured)
+    return Plan(tuple(plans), book, total, unmeasured, missing)
 
 
 def _trainers(spec: JobSpec, sites: Sequence[Site]) -> list[str]:
@@ -187,7 +199,7 @@ def _trainers(spec: JobSpec, sites: Sequence[Site]) -> list[str]:
 
 
 def _site_plan(
-    spec: JobSpec, site: Site, shapes: Shapes | None, *, traffic: SiteTraffic, seconds: float | None
+    spec: JobSpec, site: Site, shapes: Shapes | None, *, traffic: SiteTraffic, seconds: float | None, fold: int
 ) -> SitePlan:
     rows = 1 if site.house else spec.local.micro_batch_size or spec.local.batch_size
     if shapes is None:
@@ -196,7 +208,7 @@ def _site_plan(
     def needs(variant: Variant) -> Footprint:
         found = footprint(
             variant.spec, shapes, on_gpu=site.on_gpu, gpus=site.gpus, site=site.name,
-            micro_batch=variant.micro_batch, rows=site.rows,
+            micro_batch=variant.micro_batch, rows=site.rows, fold=fold,
         )  # fmt: skip
         # At the least: the model, and nothing of what training keeps beside it.
         return replace(found, trained=0, activations=0, logits=0) if site.house else found

@@ -62,6 +62,7 @@ def facts_of(made: Plan) -> dict[str, Any]:
         "up_bytes": book.up_bytes if book else None,
         "down_bytes": book.down_bytes if book else None,
         "evaluation_bytes": book.evaluation_bytes if book else None,
+        "distillation_bytes": book.distillation_bytes if book else None,
         "flower_bytes": book.numpy_bytes if book else None,
         "seconds": made.seconds,
         "unmeasured": list(made.unmeasured),
@@ -91,8 +92,8 @@ def _sites(made: Plan) -> Table:
             "" if site.house else str(traffic.rounds),
             "" if site.house else size(round(traffic.up_bytes / rounds)),
             "" if site.house else size(round(traffic.down_bytes / rounds)),
-            size(traffic.up_bytes),
-            size(traffic.down_bytes + traffic.evaluation_bytes),
+            size(traffic.up_bytes + traffic.distillation_up_bytes),
+            size(traffic.down_bytes + traffic.evaluation_bytes + traffic.distillation_down_bytes),
             "" if site.house else "not measured yet" if each.seconds is None else duration(each.seconds),
         )
     return shown
@@ -117,6 +118,7 @@ def _lines(spec: jobspec.JobSpec, made: Plan) -> list[tuple[str, bool]]:
         return [
             (f"Nothing can be planned: no enrolled site has reported the layers of base model {what!r}.", True),
             ("`silotune-agent model add` at one of the sites does it.", False),
+            *([(made.missing, False)] if made.missing else []),
         ]
     both = book.up_bytes + book.down_bytes
     said = [
@@ -128,6 +130,11 @@ def _lines(spec: jobspec.JobSpec, made: Plan) -> list[tuple[str, bool]]:
     ]
     if book.evaluation_bytes:
         said.append((f"Evaluation: {_mib(book.evaluation_bytes)} down besides.", False))
+    if book.distillation_bytes:
+        said.append((f"Distillation: {_mib(book.distillation_bytes)} to and from the house agent besides.", False))
+    whole = [each.site.name for each in made.sites if each.site.fetches_whole]
+    if whole and spec.encoding.down != "raw":
+        said.append((f"Several processes train at {', '.join(whole)}, so versions are fetched whole there.", False))
     if made.seconds is None:
         said.append(("Time: not measured yet; no earlier job was like this one.", False))
     else:
@@ -138,7 +145,9 @@ def _lines(spec: jobspec.JobSpec, made: Plan) -> list[tuple[str, bool]]:
     for each in smaller:
         if each.micro_batch < asked and not each.refusal:
             said.append((f"{each.site.name} will train about {each.micro_batch} rows at a time, not {asked}.", False))
-    said += [(f"Cannot fit: {refusal}", not number) for number, refusal in enumerate(made.refusals)]
+    said += [(made.missing, True)] if made.missing else []
+    cannot = [each.refusal for each in made.sites if each.refusal]
+    said += [(f"Cannot fit: {refusal}", not number) for number, refusal in enumerate(cannot)]
     return [*said, ("Memory and disk are estimates.", not made.refusals)]
 
 

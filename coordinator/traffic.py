@@ -9,12 +9,12 @@ as in its checkpoint, as a causal language model's are; a classifier's may be of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.rounds.cohort import draw_order
 from coordinator.rounds.state import SiteFact
-from protos.adapters import moving, split_name, update_tensors
+from protos.adapters import moving, split_name, update_tensors, with_controls
 from protos.encodings import Named, encoded_header
 from protos.jobspec import Classification, Full, JobSpec, Lora, Synthetic
 from protos.recipe_rules import FOLDING_RULES
@@ -102,7 +102,7 @@ def version_tensors(spec: JobSpec, shapes: Shapes | None, *, fold: int = 0) -> l
         # Biases, norms and embeddings are not reported one by one.
         rest = sum(_with_bias(linear) for linear in shapes.linear) if spec.method.freeze_embeddings else 0
         found.append(("rest", (max(0, (rest or shapes.parameters) - weights),)))
-        return sorted((name, "F32", shape) for name, shape in [*found, *head])
+        return with_controls(spec, [(name, "F32", shape) for name, shape in [*found, *head]])
     rank = spec.method.rank
     factors: list[tuple[str, tuple[int, ...]]] = []
     for linear in shapes.linear:
@@ -121,7 +121,7 @@ def version_tensors(spec: JobSpec, shapes: Shapes | None, *, fold: int = 0) -> l
                     (f"{path}.fold_A.weight", (columns, linear.in_features)),
                     (f"{path}.fold_B.weight", (linear.out_features, columns)),
                 ]
-    return sorted((f"base_model.model.{name}", "F32", shape) for name, shape in [*factors, *head])
+    return with_controls(spec, [(f"base_model.model.{name}", "F32", shape) for name, shape in [*factors, *head]])
 
 
 def update_bytes(spec: JobSpec, version: Layout, *, round_number: int, site: str) -> int:
@@ -152,6 +152,9 @@ class SiteTraffic:
     up_bytes: int
     down_bytes: int
     evaluation_bytes: int
+    # Of a house agent that distils: versions up; aggregates and, without labels, updates down.
+    distillation_up_bytes: int = 0
+    distillation_down_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,10 @@ class Ledger:
     # Uploaded once, by the agent that builds version 0; and the last version, which with some rules is larger.
     first_version_bytes: int
     last_version_bytes: int
+    # What lies beside each later version: its encoded form. 0 without an encoding.
+    encoded_version_bytes: int
+    # What flora or fedex will have added to the frozen weights in the end.
+    fold_rank: int
     # The same rounds as Flower would send them.
     numpy_bytes: int
 
@@ -176,12 +183,17 @@ class Ledger:
         return sum(site.down_bytes for site in self.sites.values())
 
     @property
+    def distillation_bytes(self) -> int:
+        return sum(site.distillation_up_bytes + site.distillation_down_bytes for site in self.sites.values())
+
+    @property
     def evaluation_bytes(self) -> int:
         return sum(site.evaluation_bytes for site in self.sites.values())
 
 
-def _at_house(spec: JobSpec) -> bool:
-    return "house" in spec.evaluation.where or spec.evaluation.test
+def at_house(spec: JobSpec) -> bool:
+    """Whether the house agent has something to measure or to distil."""
+    return "house" in spec.evaluation.where or spec.evaluation.test or spec.distillation is not None
 
 
 def fold_growth(spec: JobSpec, cohort: Sequence[str]) -> int:
@@ -195,13 +207,17 @@ def fold_growth(spec: JobSpec, cohort: Sequence[str]) -> int:
     return sum(ranks) - (max(ranks, default=0) if spec.aggregation.rule == "fedex" else 0)
 
 
-def ledger(spec: JobSpec, shapes: Shapes | None, *, sites: Sequence[str], house: str = "") -> Ledger:
-    """All transfers of a job with these sites, and the house agent where there is one to evaluate."""
+def ledger(
+    spec: JobSpec, shapes: Shapes | None, *, sites: Sequence[str], house: str = "", whole: Collection[str] = ()
+) -> Ledger:
+    """All transfers of a job with these sites, and the house agent where there is work for one. Those in `whole`
+    fetch versions whole, whatever the encoding."""
     drawn = min(spec.rounds, DRAWN_ROUNDS)
     facts = [SiteFact(name, house=False, connected=True) for name in sites]
-    evaluators = {*(sites if "sites" in spec.evaluation.where else ()), *([house] if _at_house(spec) and house else ())}
-    rounds = dict.fromkeys([*sites, *sorted(evaluators - {*sites})], 0)
-    up, down, measured = dict(rounds), dict(rounds), dict(rounds)
+    measures = "house" in spec.evaluation.where or spec.evaluation.test
+    evaluators = {*(sites if "sites" in spec.evaluation.where else ()), *([house] if measures and house else ())}
+    rounds = dict.fromkeys([*sites, *([house] if at_house(spec) and house else ())], 0)
+    up, down, measured, taught, learnt = (dict(rounds) for _ in range(5))
     cohorts: list[tuple[str, ...]] = []
     fold, flower = 0, 0
     version = make_header(version_tensors(spec, shapes))[1]
@@ -212,8 +228,9 @@ def ledger(spec: JobSpec, shapes: Shapes | None, *, sites: Sequence[str], house:
             order = draw_order(facts, seed=spec.seed, round_number=number)
             cohort = tuple(site.name for site in order[: spec.cohort.size])
         cohorts.append(cohort)
-        fetched = version_bytes(spec, version, number=number - 1)
+        encoded = version_bytes(spec, version, number=number - 1)
         for site in rounds:
+            fetched = version.file_bytes if site in whole else encoded
             if site in cohort:
                 rounds[site] += 1
                 down[site] += fetched
@@ -224,12 +241,16 @@ def ledger(spec: JobSpec, shapes: Shapes | None, *, sites: Sequence[str], house:
                 up[site] += sizes[key]
             elif site in evaluators and spec.is_evaluated(number - 1):
                 measured[site] += fetched
+        if house and spec.distillation and spec.is_distilled(number):
+            members = 0 if spec.distillation.labels else sum(sizes[site, number % 2] for site in cohort)
+            taught[house] += first.file_bytes
+            learnt[house] += first.file_bytes + members
         flower += 2 * len(cohort) * numpy_bytes(first)
         if growth := fold_growth(spec, cohort):
             fold += growth
             version = make_header(version_tensors(spec, shapes, fold=fold))[1]
     for site in evaluators:
-        measured[site] += version_bytes(spec, version, number=drawn)
+        measured[site] += version.file_bytes if site in whole else version_bytes(spec, version, number=drawn)
     longer = spec.rounds / drawn
     return Ledger(
         sites={
@@ -238,11 +259,15 @@ def ledger(spec: JobSpec, shapes: Shapes | None, *, sites: Sequence[str], house:
                 round(up[site] * longer),
                 round(down[site] * longer),
                 round(measured[site] * longer),
+                round(taught[site] * longer),
+                round(learnt[site] * longer),
             )
             for site in rounds
         },
         cohorts=tuple(cohorts),
         first_version_bytes=first.file_bytes,
         last_version_bytes=math.ceil(version.file_bytes + (version.file_bytes - first.file_bytes) * (longer - 1)),
+        encoded_version_bytes=0 if spec.encoding.down == "raw" else version_bytes(spec, first, number=1),
+        fold_rank=math.ceil(fold * longer),
         numpy_bytes=round(flower * longer),
     )

@@ -203,6 +203,8 @@ def _work(task: TaskView) -> str:
         return "makes version 0"
     if task.kind == agent_pb2.TASK_KIND_EVALUATE:
         return f"evaluates version {task.round}"
+    if task.kind == agent_pb2.TASK_KIND_DISTILL:
+        return f"distils round {task.round}"
     return f"trains round {task.round}"
 
 
@@ -268,4 +270,6 @@ def _fates(found: RoundView) -> str:
     for fate in (agent_pb2.FATE_REJECTED, agent_pb2.FATE_DISCARDED):
         if fate in fates:
             text += f", {fates.count(fate)} {name_of(agent_pb2.Fate, fate).lower()}"
+    if found.undistilled:
+        text += f"; not distilled: {found.undistilled}"
     return text

@@ -18,7 +18,7 @@ def render(template: Path, *, plots: Path, figures: Iterable[str], **shown: Any)
         loader=FileSystemLoader([template.parent, Path(__file__).parent]), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(percent=percent, megabytes=megabytes, minutes=minutes)
+    environment.filters.update(percent=percent, megabytes=megabytes, minutes=minutes, size=size)
     images = {
         name: {
             theme: base64.b64encode((plots / f"{name}{ending}.png").read_bytes()).decode()
@@ -35,6 +35,14 @@ def percent(value: float) -> str:
 
 def megabytes(value: float) -> str:
     return f"{value / 1e6:,.0f} MB"
+
+
+def size(value: float) -> str:
+    """Small and large ones beside each other in one table."""
+    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= least:
+            return f"{value / least:,.1f} {unit}"
+    return f"{value:.0f} B"
 
 
 def minutes(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Which tensors a LoRA job has, and which of them travel up in a round, from which site, in which shape.
+"""Which tensors a version has, and which of them travel up in a round, from which site, in which shape.
 
 Trainer and coordinator must agree on it to the byte, so it is one function of the recipe and the version. With r the
 recipe's rank, a layer of a version [m out, n in] has
@@ -11,6 +11,9 @@ recipe's rank, a layer of a version [m out, n in] has
 and every other tensor (a head) is trained whole. What no round trains (A with ffa-lora, A and B with fed-sb) is in a
 version as it was in version 0, and not in the rounded difference from it that sites fetch. A site whose rank is lower
 trains the first columns of B, rows of A, and leading block of R.
+
+With rule scaffold, of any method, a version has beside each tensor control.<its name>: the mean gradient of all sites,
+which starts at 0. It travels down alone; the coordinator makes the next one from what was trained.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ from protos.tensors import Layout
 
 Factor = Literal["lora_A", "lora_B", "lora_R", "fold_A", "fold_B", ""]
 FACTORS: tuple[Factor, ...] = ("lora_A", "lora_B", "lora_R", "fold_A", "fold_B")
+CONTROL = "control."
 
 
 def split_name(name: str) -> tuple[str, Factor]:
     """(layer, factor) of a tensor; the factor is empty for a tensor that belongs to no adapter."""
+    if name.startswith(CONTROL):
+        return name, ""
     layer, _, last = name.removesuffix(".weight").rpartition(".")
     return (layer, last) if last in FACTORS and name.endswith(".weight") else (name, "")  # type: ignore[return-value]
 
@@ -42,6 +48,12 @@ def trained_factors(spec: JobSpec, *, round_number: int) -> frozenset[Factor]:
         case "fed-sb":
             return frozenset({"lora_R"})
     return frozenset({"lora_A", "lora_B"})
+
+
+def with_controls(spec: JobSpec, tensors: Sequence[Named]) -> list[Named]:
+    """All tensors of a version in which these are trained, in canonical order."""
+    controls = [(CONTROL + name, dtype, shape) for name, dtype, shape in tensors]
+    return sorted([*tensors, *(controls if spec.aggregation.rule == "scaffold" else ())])
 
 
 def moving(spec: JobSpec, version: Sequence[Named]) -> list[Named]:
@@ -67,11 +79,14 @@ def cut_shape(shape: tuple[int, ...], *, factor: Factor, rank: int) -> tuple[int
 
 def update_tensors(spec: JobSpec, version: Layout, *, round_number: int, site: str) -> list[Named]:
     """(name, dtype, shape) of what a site's update of this round holds, decoded, in canonical order."""
+    tensors = version.tensors
+    if spec.aggregation.rule == "scaffold":
+        tensors = tuple(tensor for tensor in tensors if not tensor.name.startswith(CONTROL))
     if not isinstance(spec.method, Lora):
-        return version.named
+        return [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
     trained, rank = trained_factors(spec, round_number=round_number), spec.rank_at(site)
     found = []
-    for tensor in version.tensors:
+    for tensor in tensors:
         _, factor = split_name(tensor.name)
         if not factor or factor in trained:
             found.append((tensor.name, tensor.dtype, cut_shape(tensor.shape, factor=factor, rank=rank)))

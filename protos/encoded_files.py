@@ -1,4 +1,5 @@
-"""Tensor files to encoded files and back, in constant memory. Trainer and coordinator do it with the same code.
+"""Tensor files to encoded files and back, in constant memory (svd: a matrix at a time). Trainer and coordinator do it
+with the same code.
 
 With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) what rounding lost is kept in a file
 of its own, the residual, and added to what is encoded the next time:
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,10 +22,11 @@ from typing import Self
 import numpy as np
 
 from protos.digests import new_hasher
-from protos.encodings import Named, encoded_bytes, encoded_header
+from protos.encodings import NO_RANKS, Named, Ranks, encoded_bytes, encoded_header, ranks_of
 from protos.errors import CorruptData, InvalidInput
+from protos.low_rank import cut, product
 from protos.rounding import Noise, Values, decode, encode
-from protos.tensors import TensorSpec, check_same_tensors, header_length, make_header, parse_header
+from protos.tensors import Layout, check_same_tensors, header_length, make_header, parse_header
 
 # 1 MiB of float32; whole blocks of every size.
 CHUNK_VALUES = 1 << 18
@@ -94,11 +97,13 @@ def write_encoded(
     output: Path,
     before: Path | None = None,
     residual: Path | None = None,
+    energy: float = 1.0,
 ) -> None:
     """Writes `values` minus `base` to `output`, encoded, and what rounding lost to `residual`; both are on disk then.
 
-    `tensors` say what there is, in canonical order; `before` is the residual of the last time. Each file appears whole
-    or not at all, the residual first. UpdateRejected: a value is not finite. OSError: what it began is removed.
+    `tensors` say what there is, in canonical order; `before` is the residual of the last time, and `energy` what svd
+    keeps. Each file appears whole or not at all, the residual first. UpdateRejected: a value is not finite. OSError:
+    what it began is removed.
     """
     wanted = {name: (name, "F32", shape) for name, _, shape in tensors}
     with ExitStack() as stack:
@@ -106,7 +111,13 @@ def write_encoded(
         lost = stack.enter_context(TensorFile(before)) if before else None
         kept = {t.name: (t.name, t.dtype, t.shape) for t in lost.layout.tensors} | wanted if lost else wanted
         out = stack.enter_context(_Fresh(output))
-        out.write(encoded_header(tensors, encoding=encoding, block=block)[0])
+        ranks: dict[str, int] = {}
+        waiting = None
+        if encoding == "svd":
+            # Its header says how large the factors became, so the data waits for it.
+            waiting = stack.enter_context(tempfile.TemporaryFile(dir=output.parent))
+        else:
+            out.write(encoded_header(tensors, encoding=encoding, block=block)[0])
         keep = stack.enter_context(_Fresh(residual)) if residual else None
         if keep:
             keep.write(make_header(kept.values())[0])
@@ -118,14 +129,36 @@ def write_encoded(
                         keep.write(earlier(start, count))
                 continue
             now, then, noise = values(name), old.leading(name, shape), Noise(seed, name=name)
-            for start, count in _chunks(math.prod(shape)):
+
+            def difference_of(
+                start: int, count: int, now: Part = now, then: Part = then, earlier: Part | None = earlier
+            ) -> Values:
                 difference = now(start, count) - then(start, count)
-                if earlier:
-                    difference += earlier(start, count)
+                return difference + earlier(start, count) if earlier else difference
+
+            if waiting is not None:
+                whole = difference_of(0, math.prod(shape))
+                factors = cut(whole.reshape(shape), energy=energy, name=name)
+                if factors is not None:
+                    ranks[name] = len(factors)
+                waiting.write(np.ascontiguousarray(whole if factors is None else factors).data)
+                if keep:
+                    for start, count in _chunks(len(whole)):
+                        part = whole[start : start + count]
+                        got = part if factors is None else values_of(factors, shape)(start, count)
+                        keep.write(part - got)
+                continue
+            for start, count in _chunks(math.prod(shape)):
+                difference = difference_of(start, count)
                 written = encode(difference, encoding=encoding, block=block, noise=noise, start=start)
                 out.write(written)
                 if keep:
                     keep.write(difference - decode(written, count, encoding=encoding, block=block))
+        if waiting is not None:
+            out.write(encoded_header(tensors, encoding=encoding, block=block, ranks=ranks)[0])
+            waiting.seek(0)
+            while piece := waiting.read(CHUNK_VALUES * VALUE_BYTES):
+                out.write(piece)
         if keep:
             keep.finish()
         out.finish()
@@ -142,27 +175,53 @@ def rebuild(
     with TensorFile(base) as old, TensorFile(encoded, encoded=True) as new:
         named = old.layout.named
         moved = named if tensors is None else tensors
-        check_same_tensors(new.layout, encoded_header(moved, encoding=encoding, block=block)[1])
+        ranks = check_encoded(new.layout, moved, encoding=encoding, block=block)
         with _Fresh(output) as out:
             out.write(make_header(named)[0])
             for tensor in old.layout.tensors:
-                values = decoded(new, tensor, encoding=encoding, block=block) if tensor.name in new else None
-                then = old.leading(tensor.name, tensor.shape)
+                name, values = tensor.name, None
+                if name in new:
+                    values = decoded(new, name, tensor.shape, encoding=encoding, block=block, rank=ranks.get(name))
+                then = old.leading(name, tensor.shape)
                 for start, count in _chunks(tensor.elements):
                     out.write(then(start, count) + values(start, count) if values else then(start, count))
             return out.finish()
 
 
-def decoded(file: TensorFile, tensor: TensorSpec, *, encoding: str, block: int) -> Part:
-    """The decoded values of one tensor of an encoded file. A start is a multiple of the block."""
+def check_encoded(file: Layout, tensors: Sequence[Named], *, encoding: str, block: int) -> Ranks:
+    """The ranks of an encoded file (svd; else none) that holds these tensors, in canonical order.
+
+    UpdateRejected with the first difference: a tensor that is missing, surplus, or not written in this encoding, or
+    factors that are larger than their matrix.
+    """
+    ranks = ranks_of(file, tensors) if encoding == "svd" else NO_RANKS
+    check_same_tensors(file, encoded_header(tensors, encoding=encoding, block=block, ranks=ranks)[1])
+    return ranks
+
+
+def decoded(
+    file: TensorFile, name: str, shape: tuple[int, ...], *, encoding: str, block: int, rank: int | None = None
+) -> Part:  # fmt: skip
+    """The decoded values of a tensor of this shape in an encoded file. A start is a multiple of the block.
+
+    `rank` is what `check_encoded` found for it. The factors of a matrix are in memory as long as what is returned.
+    """
+    if encoding == "svd":
+        if rank is None:
+            return file.leading(name, shape)
+        return values_of(np.frombuffer(file.read(name, 0, rank * sum(shape) * VALUE_BYTES), dtype=np.float32), shape)
 
     def read(start: int, count: int) -> Values:
         where = encoded_bytes(start, encoding, block), encoded_bytes(count, encoding, block)
-        return decode(
-            np.frombuffer(file.read(tensor.name, *where), dtype=np.uint8), count, encoding=encoding, block=block
-        )
+        return decode(np.frombuffer(file.read(name, *where), dtype=np.uint8), count, encoding=encoding, block=block)
 
     return read
+
+
+def values_of(factors: Values, shape: tuple[int, ...]) -> Part:
+    """The matrix of this shape that the factors stand for, a piece at a time."""
+    factors = factors.reshape(-1, sum(shape))
+    return lambda start, count: product(factors, rows=shape[0], first=start, last=start + count)
 
 
 class _Fresh:

@@ -17,18 +17,26 @@ from pydantic import Field, ValidationError, model_validator
 from protos.digests import digest_of
 from protos.errors import RecipeInvalid
 from protos.metrics import LOWER_IS_BETTER, benchmark_of
+from protos.recipe_distillation import Distillation as Distillation
+from protos.recipe_distillation import check as check_distillation
 from protos.recipe_errors import explain
+from protos.recipe_local import Local as Local
+from protos.recipe_local import Mentor as Mentor
+from protos.recipe_local import Schedule as Schedule
 from protos.recipe_methods import BaseModelRef as BaseModelRef
 from protos.recipe_methods import Full as Full
 from protos.recipe_methods import Lora as Lora
 from protos.recipe_methods import Method
 from protos.recipe_part import Name, Part, SiteName
-from protos.recipe_rules import FOLDING_RULES, REBASING_RULES
+from protos.recipe_robust import check as check_robust
+from protos.recipe_rules import DRIFT_RULES as DRIFT_RULES
+from protos.recipe_rules import FOLDING_RULES, LORA_RULES, REBASING_RULES
 from protos.recipe_rules import Aggregation as Aggregation
 from protos.recipe_rules import Encoding as Encoding
 from protos.recipe_rules import FedAdam as FedAdam
 from protos.recipe_rules import FedAvgM as FedAvgM
 from protos.recipe_rules import FedYogi as FedYogi
+from protos.recipe_rules import Nesterov as Nesterov
 from protos.recipe_rules import NoServerOptimizer as NoServerOptimizer
 from protos.recipe_rules import ServerOptimizer as ServerOptimizer
 from protos.recipe_tasks import CausalLm as CausalLm
@@ -41,69 +49,6 @@ class Data(Part):
     """The name under which each site's site.toml describes its own rows."""
 
     name: Name
-
-
-class Schedule(Part):
-    """The learning rate over rounds: constant, or falling to `final` times its start by the last round.
-
-    The default is above 0, because a last round at learning rate 0 would train nothing.
-    """
-
-    type: Literal["constant", "linear", "cosine"] = "constant"
-    final: Annotated[float, Field(ge=0, le=1)] = 0.1
-    # Constant within a round, or falling with each step as well.
-    over: Literal["rounds", "steps"] = "rounds"
-    # Round t of R has come t / R of the way, as FlowerTune counts: the first is below the start already.
-    one_based: bool = False
-
-    def progress(self, *, round_number: int, rounds: int, part: float) -> float:
-        """How far the schedule has come, 0 to 1; `part` of the round is done, 0 to 1."""
-        if self.over == "steps":
-            return (round_number - 1 + part) / rounds
-        if self.one_based:
-            return round_number / rounds
-        return (round_number - 1) / (rounds - 1) if rounds > 1 else 0.0
-
-    @model_validator(mode="after")
-    def _one_way_of_counting(self) -> Schedule:
-        if self.one_based and self.over == "steps":
-            raise ValueError("one_based counts rounds; with over = 'steps' there is nothing for it to count")
-        return self
-
-
-class Local(Part):
-    """Training at a site within one round: a number of passes over its rows, or of optimizer steps."""
-
-    epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
-    steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
-    # Rows in memory at once; the rest of the batch is accumulated. Default: the whole batch, halved when out of memory.
-    micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-5
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    max_gradient_norm: Annotated[float, Field(gt=0)] | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # The trainer saves its whole state this often, so that a killed one goes on from there. Default: not at all.
-    checkpoint_seconds: Annotated[float, Field(gt=0)] | None = None
-    # Activations are computed again on the way back: a third more time for a fraction of the memory.
-    gradient_checkpointing: bool = False
-    # Whether each round shuffles anew. "same" is what FlowerTune does: few steps a round then see the same rows always.
-    data_order: Literal["new", "same"] = "new"
-    # Compiles the model before the first step; it pays where rounds are long.
-    compile: bool = False
-    schedule: Schedule = Schedule()
-
-    @model_validator(mode="after")
-    def _agree(self) -> Local:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either epochs or steps")
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError("momentum goes with optimizer = 'sgd'; adamw has its own")
-        if self.micro_batch_size and self.micro_batch_size > self.batch_size:
-            raise ValueError("micro_batch_size is larger than batch_size")
-        return self
 
 
 class Cohort(Part):
@@ -174,6 +119,8 @@ LATER_KEYS: tuple[tuple[tuple[str, ...], Any], ...] = (
     (("local", "gradient_checkpointing"), False),
     (("local", "data_order"), "new"),
     (("local", "compile"), False),
+    (("local", "mentor"), None),
+    (("local", "proximal"), 0.0),
     (("local", "schedule", "over"), "rounds"),
     (("local", "schedule", "one_based"), False),
     (("base_model", "revision"), None),
@@ -184,9 +131,14 @@ LATER_KEYS: tuple[tuple[tuple[str, ...], Any], ...] = (
     (("method", "scale"), "alpha/rank"),
     (("method", "ranks"), {}),
     (("aggregation", "svd_energy"), 1.0),
+    (("aggregation", "robust"), {"type": "none"}),
+    (("aggregation", "report"), False),
     (("evaluation", "benchmarks"), []),
     (("evaluation", "max_new_tokens"), None),
     (("encoding",), Encoding().model_dump(mode="json")),
+    (("encoding", "svd_energy_start"), 0.95),
+    (("encoding", "svd_energy_end"), 0.98),
+    (("distillation",), None),
 )
 
 
@@ -203,6 +155,7 @@ class JobSpec(Part):
     aggregation: Aggregation = Aggregation()
     evaluation: Evaluation = Evaluation()
     encoding: Encoding = Encoding()
+    distillation: Distillation | None = None
     rounds: Annotated[int, Field(ge=1, le=1_000_000)]
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
 
@@ -221,6 +174,13 @@ class JobSpec(Part):
         if measured and measured not in self.evaluation.benchmarks:
             raise ValueError(f"metric is {self.evaluation.metric}, but benchmarks does not name {measured}")
         self._check_method()
+        if self.local.mentor and not isinstance(self.task, Classification):
+            raise ValueError("a mentor is for classification; this task takes none")
+        if self.distillation is not None:
+            check_distillation(
+                self.distillation, task=self.task, has_base_model=self.base_model is not None, method=self.method,
+                aggregation=self.aggregation, encoding=self.encoding,
+            )  # fmt: skip
         count = self.cohort.size if self.cohort.size != "all" else None
         if count is None and isinstance(self.cohort.sites, tuple):
             count = len(self.cohort.sites)
@@ -232,7 +192,12 @@ class JobSpec(Part):
         rule, method, encoding = self.aggregation.rule, self.method, self.encoding
         if self.base_model and self.base_model.quantization != "none" and not isinstance(method, Lora):
             raise ValueError("quantization freezes the base model, so it needs method lora")
-        if rule == "mean":
+        mixed = isinstance(method, Lora) and any(rank != method.rank for rank in method.ranks.values())
+        how = self.aggregation
+        check_robust(how.robust, report=how.report, rule=rule, mixed_ranks=mixed, quorum=self.cohort.quorum)
+        if rule in DRIFT_RULES:
+            self._check_drift_rule()
+        if rule not in LORA_RULES:
             return
         if not isinstance(method, Lora):
             raise ValueError(f"rule {rule} combines pairs of LoRA factors, so it needs method lora")
@@ -242,6 +207,29 @@ class JobSpec(Part):
             raise ValueError(f"rule {rule} changes what the factors stand for, so error_feedback must be false")
         if rule in FOLDING_RULES and encoding.down != "raw":
             raise ValueError(f"rule {rule} lets versions grow, so down must be raw under [encoding]")
+
+    def _check_drift_rule(self) -> None:
+        rule, local, encoding = self.aggregation.rule, self.local, self.encoding
+        if isinstance(self.method, Lora) and self.method.ranks:
+            raise ValueError(f"rule {rule} combines factors of one shape, so it takes no ranks")
+        if local.proximal:
+            raise ValueError(f"rule {rule} says itself how sites stay together, so proximal must be 0")
+        if rule == "fednova":
+            return
+        if isinstance(self.task, Synthetic):
+            raise ValueError("rule scaffold corrects gradients, and a synthetic task has none")
+        if local.optimizer != "sgd" or local.momentum:
+            raise ValueError("rule scaffold corrects plain steps, so it needs optimizer = 'sgd' and momentum = 0")
+        if local.mentor:
+            raise ValueError("rule scaffold corrects gradients of one model, so it takes no mentor")
+        if local.max_gradient_norm:
+            raise ValueError("rule scaffold reads gradients from what was trained, so it takes no max_gradient_norm")
+        if local.schedule.type != "constant" and (local.schedule.over == "steps" or not local.schedule.final):
+            raise ValueError("rule scaffold needs one rate above 0 in each round: a schedule over rounds, final > 0")
+        if {encoding.up, encoding.down} != {"raw"}:
+            raise ValueError("rule scaffold needs up = raw and down = raw under [encoding]")
+        if self.cohort.size != "all" and self.aggregation.weights != "equal":
+            raise ValueError("rule scaffold with a part of the sites in each round needs weights = 'equal'")
 
     @property
     def canonical_json(self) -> str:
@@ -275,6 +263,22 @@ class JobSpec(Part):
         """The LoRA rank of a site's factors. Only for method lora."""
         assert isinstance(self.method, Lora)
         return self.method.ranks.get(site, self.method.rank)
+
+    @property
+    def proxy_data(self) -> str:
+        """The house agent's data set that a distillation learns from; empty without one, and for a synthetic task."""
+        named = self.distillation and (self.distillation.data or (self.data and self.data.name))
+        return named or ""
+
+    def beside(self, kind: str) -> BaseModelRef | None:
+        """The base model that a task of this kind trains beside the job's own: a distillation's teacher, a mentor."""
+        if kind == "distill":
+            return self.distillation.teacher if self.distillation else None
+        return self.local.mentor.base_model if kind == "train" and self.local.mentor else None
+
+    def is_distilled(self, round_number: int) -> bool:
+        """Whether the aggregate of round 1 .. rounds goes to the house agent before it is committed."""
+        return self.distillation is not None and round_number % self.distillation.every == 0
 
     def is_evaluated(self, version: int) -> bool:
         """Whether version 0 .. rounds is measured on validation data."""

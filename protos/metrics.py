@@ -20,6 +20,28 @@ BENCHMARK_MEASURES = (
 )  # fmt: skip
 BENCHMARK_METRICS = frozenset(f"{name}_{measure}" for name in BENCHMARKS for measure in BENCHMARK_MEASURES)
 
+# Of a distillation. On the house agent's validation rows: the aggregate, the student that learnt from it, and the
+# teacher (without labels: the mean of the sites' logits), before the round and as it is kept. slice: on the rows that
+# they learn from, where a teacher that learns them by heart falls while its loss on the validation rows rises.
+# kept: 1 where the student became the version, 0 where it was worse than the aggregate.
+DISTILLATION_LOSSES = frozenset(
+    {
+        "aggregate_loss",
+        "student_loss",
+        "teacher_loss",
+        "teacher_loss_before",
+        "teacher_slice_loss",
+        "teacher_slice_loss_before",
+        "distillation_loss",
+    }
+)
+DISTILLATION_METRICS = DISTILLATION_LOSSES | {
+    "aggregate_accuracy",
+    "student_accuracy",
+    "teacher_accuracy",
+    "distillation_kept",
+}
+
 # Results and progress of training and evaluation. Higher is better, unless the name is in LOWER_IS_BETTER.
 METRICS = frozenset(
     {
@@ -34,10 +56,16 @@ METRICS = frozenset(
         "update_norm",
         "gpu_memory_bytes",
         "skipped_rows",
+        # A private mentor, which stays at the site: the mean training loss, and on the site's validation rows.
+        "mentor_loss",
+        "mentor_accuracy",
+        *DISTILLATION_METRICS,
         *BENCHMARK_METRICS,
     }
 )
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", *(f"{name}_unparseable" for name in BENCHMARKS)})
+LOWER_IS_BETTER = frozenset(
+    {"loss", "perplexity", *DISTILLATION_LOSSES, *(f"{name}_unparseable" for name in BENCHMARKS)}
+)
 
 # Where a task's time went at the site, in seconds.
 STAGE_SECONDS = frozenset({"fetch", "load", "first_step", "train", "evaluate", "save", "upload"})

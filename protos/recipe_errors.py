@@ -92,6 +92,13 @@ _TAGS = {
     "fedavgm",
     "fedadam",
     "fedyogi",
+    "nesterov",
+    "median",
+    "trimmed-mean",
+    "krum",
+    "multi-krum",
+    "centered-clipping",
+    "norm-bound",
 }
 _TYPE_WORDS = ("literal[", "constrained-", "tuple[", "function-")
 _PATTERNS = {

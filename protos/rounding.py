@@ -44,7 +44,7 @@ def encode(values: Values, *, encoding: str, block: int, noise: Noise, start: in
     UpdateRejected: a value is not finite, or absurdly large.
     """
     if encoding == "bf16":
-        _check(np.abs(values).max(initial=0), name=noise.name)
+        check_sane(np.abs(values).max(initial=0), name=noise.name)
         # Adding 16 random bits to the 16 that are cut off carries into the rest as often as it should.
         rounded = (values.view(np.uint32) + noise.bits(start, len(values))) >> np.uint32(16)
         return rounded.astype("<u2").view(np.uint8)
@@ -53,7 +53,7 @@ def encode(values: Values, *, encoding: str, block: int, noise: Noise, start: in
         values = np.concatenate([values, np.zeros(blocks * block - len(values), dtype=np.float32)])
     rows = values.reshape(blocks, block)
     largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
-    _check(largest.max(initial=0), name=noise.name)
+    check_sane(largest.max(initial=0), name=noise.name)
     top = (1 << (BITS[encoding] - 1)) - 1
     scales = _scales(largest, top=top)
     wide = _widened(scales)
@@ -105,7 +105,8 @@ def _scales(largest: Values, *, top: int) -> NDArray[np.uint16]:
     return ((near.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
 
 
-def _check(largest: np.float32, *, name: str) -> None:
+def check_sane(largest: np.float32, *, name: str) -> None:
+    """UpdateRejected when the largest magnitude of what a tensor changed by is not finite, or absurdly large."""
     if not largest <= LARGEST:
         raise UpdateRejected(
             f"Tensor {name!r} has changed to values that are not finite, or absurdly large.",

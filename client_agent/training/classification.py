@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
 from client_agent.settings import DataSet
-from client_agent.training.data import Rows, read_rows
+from client_agent.training.data import Rows, read_rows, read_texts
 from client_agent.training.tables import Split
 from protos import jobspec
 
@@ -121,6 +121,10 @@ class TextClassification:
     def read(self, data_set: DataSet, *, name: str, split: Split) -> Rows:
         return read_rows(data_set, name=name, labels=self.labels, split=split)
 
+    def read_texts(self, data_set: DataSet, *, name: str, split: Split) -> Rows:
+        """Without a look at labels."""
+        return read_texts(data_set, name=name, labels=self.labels, split=split)
+
     def encode(self, rows: Rows, *, tokenizer: PreTrainedTokenizerBase, on_rows: Callable[[int, int], None]) -> Tokens:
         """The rows as tokens, cut to max_length. `on_rows(done, total)` is called before each part; it may raise."""
         assert rows.label_names == self.labels, "rows were read with other labels"
@@ -140,10 +144,15 @@ class TextClassification:
         return Tokens(torch.cat(parts), starts, labels, tokenizer.pad_token_id or 0, rows.skipped)
 
     def predict(self, network: Any, inputs: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        # A new head is float32 whatever the frozen layers below it are.
-        with torch.autocast(targets.device.type, torch.bfloat16, enabled=network.dtype == torch.bfloat16):
+        with mixed_precision(network, device=targets.device):
             return network(**inputs).logits, targets
 
     def new_scores(self) -> Scores:
         classes = len(self.labels)
         return Scores(torch.zeros(classes, classes, dtype=torch.int64))
+
+
+def mixed_precision(network: Any, *, device: torch.device) -> torch.autocast:
+    """bfloat16 where the recipe or the frozen layers want it: a new head is float32 whatever is below it."""
+    enabled = torch.is_autocast_enabled(device.type) or network.dtype == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

@@ -58,6 +58,8 @@ def read(data_set: DataSet, *, name: str, split: Split) -> Rows | Instructions |
         return read_questions(data_set, name=name, split=split)
     if data_set.instruction is not None:
         return read_instructions(data_set, name=name, split=split)
+    if not data_set.label:
+        return read_texts(data_set, name=name, labels=("",), split=split)
     return read_rows(data_set, name=name, labels=None, split=split)
 
 
@@ -67,7 +69,7 @@ def read_rows(data_set: DataSet, *, name: str, labels: tuple[str, ...] | None, s
     `labels` are the recipe's, in order; None accepts every label, and `label_names` are then those found, sorted.
     SiteConfigInvalid: the first thing that is wrong, or no usable row. A label that no row has is no fault.
     """
-    if data_set.instruction is not None or data_set.question is not None:
+    if data_set.instruction is not None or data_set.question is not None or not data_set.label:
         raise SiteConfigInvalid(
             f"Data set {name!r} is no table of texts and labels, which this job needs.",
             hint=f"Describe a table with the columns text and label under [data.{name}] in site.toml.",
@@ -84,6 +86,21 @@ def read_rows(data_set: DataSet, *, name: str, labels: tuple[str, ...] | None, s
     names = labels if labels is not None else tuple(sorted({label for _, label in found}))
     index = {label: number for number, label in enumerate(names)}
     return Rows([text for text, _ in found], [index[label] for _, label in found], names, skipped)
+
+
+def read_texts(data_set: DataSet, *, name: str, labels: tuple[str, ...], split: Split) -> Rows:
+    """The texts of a split, in the file's order, whether or not they have labels: every row's is the first one.
+
+    SiteConfigInvalid: the first thing that is wrong, or no row with a text.
+    """
+    source = Source(data_set, name, path_of(data_set, name=name, split=split), {"text": data_set.text})
+
+    def usable(record: Record) -> tuple[str, str] | None:
+        text = source.text(record, "text")
+        return (text, text) if text.strip() else None
+
+    texts, skipped = _kept(source, split=split, usable=usable)
+    return Rows(texts, [0] * len(texts), labels, skipped)
 
 
 def read_instructions(data_set: DataSet, *, name: str, split: Split) -> Instructions:

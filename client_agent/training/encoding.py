@@ -83,9 +83,9 @@ def write_update(task: TaskSpec, values: Source, *, tensors: Sequence[Named], ve
 
     `tensors` are what this site trains in this round, and `values` what they are now. UpdateRejected: not finite.
     """
-    encoding, state = task.spec["encoding"], Path(task.state_directory)
-    before, residual = None, None
-    if encoding["error_feedback"]:
+    spec, state = jobspec.parse(task.spec), Path(task.state_directory)
+    encoding, before, residual = spec.encoding, None, None
+    if encoding.error_feedback:
         state.mkdir(parents=True, exist_ok=True)
         counted, residual = (state / RESIDUAL.format(round=number) for number in (task.counted_round, task.round))
         # Without it, because the home was lost, the next update is as if it were the first.
@@ -94,12 +94,13 @@ def write_update(task: TaskSpec, values: Source, *, tensors: Sequence[Named], ve
         values,
         tensors=tensors,
         base=version,
-        encoding=encoding["up"],
-        block=encoding["block"],
+        encoding=encoding.up,
+        block=encoding.block,
         seed=task.seed,
         output=directory / UPDATE,
         before=before,
         residual=residual,
+        energy=encoding.energy(round_number=task.round, rounds=spec.rounds),
     )
     if residual is not None:
         sync_directory(state)

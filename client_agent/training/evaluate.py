@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from client_agent.training.kinds import Encoded, Kind, loss_sum
 from client_agent.training.model import Model
@@ -12,15 +14,32 @@ from client_agent.training.train import autocast, out_of_memory
 from protos.jobspec import Local
 
 
+class Predicted(NamedTuple):
+    rows: Tensor  # int64 [rows], into the tokens
+    logits: Tensor  # [n, classes]
+    targets: Tensor  # the right classes [n]
+    loss_sum: float
+
+
 def evaluate(
     model: Model, *, tokens: Encoded, task: Kind, local: Local, on_rows: Callable[[int, int], None]
 ) -> dict[str, float]:
-    """The task's metrics over all rows. `on_rows(done, total)` is called before each batch and at the end.
+    """The task's metrics over all rows. Errors and `on_rows` as `predictions`."""
+    scores = task.new_scores()
+    for seen in predictions(model, tokens=tokens, task=task, local=local, on_rows=on_rows):
+        scores.add(seen.logits, seen.targets, loss_sum=seen.loss_sum)
+    return scores.metrics()
 
-    OutOfSpace when not even one row fits into the device's memory.
+
+def predictions(
+    model: Model, *, tokens: Encoded, task: Kind, local: Local, on_rows: Callable[[int, int], None]
+) -> Iterator[Predicted]:
+    """Batch by batch, until every row was there once.
+
+    `on_rows(done, total)` is called before each batch and at the end. OutOfSpace when not even one row fits into the
+    device's memory.
     """
     model.network.eval()
-    scores = task.new_scores()
     # By length, so that little is padded; the metrics do not depend on the order.
     waiting = list(tokens.lengths.argsort(stable=True, descending=True).split(task.evaluation_rows))
     done = 0
@@ -30,13 +49,13 @@ def evaluate(
         try:
             with torch.no_grad(), autocast(local, device=model.device):
                 logits, targets = task.predict(model.network, *tokens.batch(rows, device=model.device))
-                scores.add(logits, targets, loss_sum=float(loss_sum(logits, targets)))
+                loss = float(loss_sum(logits, targets))
         except torch.OutOfMemoryError:
             # Of several processes only this one would cut its rows.
             if len(rows) == 1 or model.group.size > 1:
                 raise out_of_memory(len(rows)) from None
             waiting[:0] = rows.split(len(rows) // 2)
             continue
+        yield Predicted(rows, logits, targets, loss)
         done += len(rows)
     on_rows(done, len(tokens))
-    return scores.metrics()

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from client_agent.settings import DataSet
 from client_agent.training.causal import CausalLanguageModel
 from client_agent.training.classification import TextClassification
+from client_agent.training.cross_entropy import cross_entropy_sum
 from client_agent.training.tables import Split
 from protos import jobspec
 from protos.errors import InvalidInput
@@ -105,4 +106,4 @@ def kind_of(spec: jobspec.JobSpec) -> Kind:
 
 def loss_sum(logits: Tensor, classes: Tensor) -> Tensor:
     """The summed loss, in float32 whatever the model computes in."""
-    return nn.functional.cross_entropy(logits.float(), classes, reduction="sum")
+    return cross_entropy_sum(logits, classes)

@@ -18,7 +18,7 @@ from client_agent.training.adapters import arrange
 from client_agent.training.model import Model
 from client_agent.training.parallel import shard_like
 from protos import jobspec
-from protos.adapters import FACTORS, split_name
+from protos.adapters import FACTORS, split_name, with_controls
 from protos.errors import CorruptData, InvalidInput
 
 HINT = "This site's base model or its software differs from the one that built version 0."
@@ -29,7 +29,8 @@ def load_version(model: Model, *, path: Path, spec: jobspec.JobSpec, round_numbe
 
     For `site` to train in this round; None: to be looked at only, whole. Errors as `check_tensors`.
     """
-    check_tensors(path, expected=model.shapes)
+    named = [(name, "F32", shape) for name, shape in model.shapes.items()]
+    check_tensors(path, expected={name: shape for name, _, shape in with_controls(spec, named)})
     federated = dict(model.federated)
     with safe_open(path, framework="pt") as file:
         if isinstance(model.network, PeftModel) and isinstance(spec.method, jobspec.Lora):

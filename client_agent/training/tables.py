@@ -64,7 +64,8 @@ class Source:
     def _no_column(self, column: str, names: list[str], *, row: int | None) -> SiteConfigInvalid:
         seen = ", ".join(shorten(name) for name in names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
         *keys, last = self.columns
-        hint = f"Set {', '.join(keys)} and {last} under [data.{self.name}] in site.toml to columns among these."
+        wanted = f"{', '.join(keys)} and {last}" if keys else last
+        hint = f"Set {wanted} under [data.{self.name}] in site.toml to columns among these."
         if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
             hint = f"Is {other!r} what separates the columns? Then set delimiter under [data.{self.name}] in site.toml."
         verb = "there is" if row is not None else "has"

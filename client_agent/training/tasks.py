@@ -1,7 +1,8 @@
-"""The three kinds of task: version 0 from the job's seed, an update from a version, metrics of a version.
+"""The kinds of task: version 0 from the job's seed, an update from a version, metrics of a version, and a distillation,
+which makes a version of an aggregate.
 
-`Warm` keeps what is costly between tasks: the base model with its tokenizer, and tokenised rows. A task swaps only the
-federated tensors and makes everything else that it changes anew, so it gives the same bytes warm as cold.
+A task swaps only the federated tensors of what is warm (warm.py) and makes everything else that it changes anew, so it
+gives the same bytes warm as cold.
 """
 
 from __future__ import annotations
@@ -9,12 +10,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import torch
 
@@ -23,58 +22,34 @@ from client_agent.taskdir import (
     FILES,
     ROOM_LOOK_SECONDS,
     UPDATE,
+    Paused,
     TaskResult,
     TaskSpec,
+    TooManyEpochs,
     until_written,
     wait_for_room,
 )
 from client_agent.training.benchmarks import QUESTIONS, ask_all
 from client_agent.training.checkpoints import Checkpoints
+from client_agent.training.classification import TextClassification
 from client_agent.training.data import fingerprint
+from client_agent.training.distill import Lesson, distill, write_result
+from client_agent.training.drift import read_corrections, with_controls, write_state
 from client_agent.training.encoding import is_encoded, source_of, version_file, write_update
 from client_agent.training.evaluate import evaluate
 from client_agent.training.files import write_model_files, write_tensors
 from client_agent.training.kinds import Encoded, Kind, kind_of
 from client_agent.training.loading import load_version, update_norm
+from client_agent.training.mentor import train_with_mentor
 from client_agent.training.model import Model, build
 from client_agent.training.parallel import ALONE, Group
 from client_agent.training.tables import Split
-from client_agent.training.train import diverged, prepare, step_count, train
+from client_agent.training.teacher import Teacher, build_teacher
+from client_agent.training.train import Report, diverged, prepare, train
+from client_agent.training.warm import KEPT_MODELS, Warm, kept
 from protos import jobspec
 from protos.digests import digest_of
 from protos.errors import InvalidInput, SiteConfigInvalid
-
-KEPT_MODELS = 1  # a second one would not fit on many a GPU
-KEPT_SPLITS = 3  # train, validation and test of one data set, however large
-KEPT_SPLITS_BYTES = 256 << 20  # more of them while they are small: a lab's trainer serves all its sites
-
-Kept = TypeVar("Kept")
-
-
-class Report(Protocol):
-    """Tells the daemon how far the task is. Raises when the task was cancelled."""
-
-    def __call__(self, stage: str, done: int, total: int, unit: str, metrics: dict[str, float]) -> None: ...
-
-
-@dataclass
-class Warm:
-    """What stays in memory between tasks."""
-
-    models: OrderedDict[Hashable, Model] = field(default_factory=OrderedDict)
-    splits: OrderedDict[Hashable, Encoded] = field(default_factory=OrderedDict)
-    # How long it last took to load a model and rows afresh, from the task's arrival until it could begin.
-    fresh_seconds: float = 0.0
-
-    def has_enough_splits(self) -> bool:
-        size_bytes = sum(part.nbytes for tokens in self.splits.values() for part in tokens.content)
-        return len(self.splits) >= KEPT_SPLITS and size_bytes >= KEPT_SPLITS_BYTES
-
-    def clear(self) -> None:
-        self.models.clear()
-        self.splits.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 @dataclass
@@ -84,6 +59,7 @@ class Work:
     task: TaskSpec
     directory: Path
     warm: Warm
+    # Tells the daemon how far the task is. Raises when the task was cancelled.
     report: Report
     began: float  # time.monotonic() when the task was received
     # Whether the daemon wants the training to save its state and end; and what the site's log should have.
@@ -112,6 +88,8 @@ class Work:
                 return self._train()
             case "evaluate":
                 return self._evaluate()
+            case "distill":
+                return self._distill()
         raise InvalidInput(f"This trainer does not know tasks of kind {self.task.kind!r}.")
 
     def wait_for_room(self) -> None:
@@ -124,7 +102,7 @@ class Work:
         self._lap("load", since=self.began)
         self.warm.fresh_seconds = self.seconds["load"]
         start = time.monotonic()
-        write_tensors(model.federated, path=self.directory / UPDATE)
+        write_tensors(with_controls(model.federated, spec=self.spec), path=self.directory / UPDATE)
         write_model_files(model, task=self.kind, directory=self.directory / FILES)
         self._lap("save", since=start)
         return TaskResult(seconds=self.seconds)
@@ -132,10 +110,14 @@ class Work:
     def _train(self) -> TaskResult:
         known = set(self.warm.models)
         model, version = self._version()
+        corrections = None
+        if self.spec.aggregation.rule == "scaffold":
+            corrections = read_corrections(self.task, model=model, version=version)
         tokens = self._tokens(model, "train")
         self._lap("load", since=self.began)
-        self._say_load(fresh=not known & set(self.warm.models))
-        steps = step_count(self.spec.local, rows=len(tokens))
+        fresh = not known & set(self.warm.models)
+        steps = self.spec.local.step_count(len(tokens))
+        self._check_epochs(tokens)
         here = -1  # steps in this sitting
         speed = 0.0
 
@@ -144,6 +126,8 @@ class Work:
             here += 1
             speed = metrics.get("tokens_per_second", speed)
             self._reached = done, total
+            if here == 0:
+                self._say_ready(fresh=fresh)
             if here == 1:
                 self._lap("first_step", since=self.began)
             self.report("training", done, total, "steps", metrics)
@@ -155,12 +139,20 @@ class Work:
             update.unlink(missing_ok=True)
             wait_for_room(update, size_bytes=version.stat().st_size, waits=self.wait_for_room)
         start = time.monotonic()
-        loss = train(
-            model, tokens=tokens, task=self.kind, local=self.spec.local, steps=steps,
-            learning_rate_at=lambda step: self.spec.learning_rate_at(self.task.round, part=step / steps),
-            seed=self._seed(), on_step=on_step,
-            checkpoints=self._checkpoints(model, tokens),
-        )  # fmt: skip
+        of_mentor: dict[str, float] = {}
+        if self.spec.local.mentor:
+            loss, of_mentor = train_with_mentor(
+                model, tokens, task=self.task, spec=self.spec, kind=self.kind, mentors=self.warm.mentors,
+                tokens_of=partial(self._tokens, model), steps=steps, seed=self._seed(), on_step=on_step,
+                report=self.report, pausing=self.pausing, waits=self.wait_for_room, warn=self.warn,
+            )  # fmt: skip
+        else:
+            loss = train(
+                model, tokens=tokens, task=self.kind, local=self.spec.local, steps=steps,
+                learning_rate_at=lambda step: self.spec.learning_rate_at(self.task.round, part=step / steps),
+                seed=self._seed(), on_step=on_step,
+                checkpoints=self._checkpoints(model, tokens), corrections=corrections,
+            )  # fmt: skip
         self._lap("train", since=start)
         start = time.monotonic()
         model = replace(model, federated=self.group.whole(model.federated))
@@ -173,6 +165,10 @@ class Work:
             lambda: self._write_update(model, version=version), waits=self.wait_for_room,
             partial=update.with_suffix(".new"),
         )  # fmt: skip
+        if corrections:
+            rate = self.spec.learning_rate_at(self.task.round)
+            save = partial(write_state, self.task, model=model, corrections=corrections, version=version)
+            until_written(lambda: save(steps=steps, learning_rate=rate), waits=self.wait_for_room)
         self._lap("save", since=start)
         metrics = {
             "loss": loss,
@@ -181,6 +177,7 @@ class Work:
             "tokens_per_second": speed,
             "update_norm": norm,
             "skipped_rows": float(tokens.skipped),
+            **of_mentor,
             **self._memory(),
         }
         return TaskResult(examples=tokens.examples, steps=steps, metrics=metrics, seconds=self.seconds)
@@ -198,12 +195,25 @@ class Work:
             return self.task.seed
         return jobspec.task_seed(self.spec.seed, round_number=1, site=self.task.site)
 
-    def _say_load(self, *, fresh: bool) -> None:
+    def _check_epochs(self, tokens: Encoded) -> None:
+        """Only here is it known how many sequences the rows are, and how many of them are kept for validation."""
+        local, allowed = self.spec.local, self.task.max_epochs
+        if local.steps is None or allowed is None:
+            return
+        epochs = local.steps / math.ceil(len(tokens) / local.batch_size)
+        if epochs > max(allowed, 1):
+            raise TooManyEpochs(
+                f"The policy of this site does not allow it: {local.steps} steps are {epochs:.1f} epochs over its "
+                f"{tokens.examples} rows, more than max_epochs = {allowed:g}."
+            )
+
+    def _say_ready(self, *, fresh: bool) -> None:
         """For the trainer's log."""
+        ready_seconds = time.monotonic() - self.began
         if fresh:
-            self.warm.fresh_seconds = self.seconds["load"]
+            self.warm.fresh_seconds = ready_seconds
         print(
-            f"Round {self.task.round}: ready to train {self.seconds['load']:.3f} s after the task came; loading afresh "
+            f"Round {self.task.round}: ready to train {ready_seconds:.3f} s after the task came; loading afresh "
             f"took {self.warm.fresh_seconds:.3f} s.",
             file=sys.stderr,
         )
@@ -215,7 +225,7 @@ class Work:
         # Another number of threads or another torch adds up in another order: what was begun so is begun anew.
         work = self.task.work_digest(
             rows=rows, tensors=shapes, device=self.device.type, threads=torch.get_num_threads(),
-            torch=str(torch.__version__), processes=self.group.size,
+            torch=str(torch.__version__), processes=self.group.size, counted_round=self.task.counted_round,
         )  # fmt: skip
         self.group.check_agree(work)
         return Checkpoints(
@@ -250,6 +260,49 @@ class Work:
             raise SiteConfigInvalid(f"This site has nothing to measure the model on for {split}.")
         metrics |= {**asked, **self._memory()}
         return TaskResult(examples=examples, metrics=metrics, seconds=self.seconds)
+
+    def _distill(self) -> TaskResult:
+        how = self.spec.distillation
+        if how is None or not isinstance(self.kind, TextClassification):
+            raise InvalidInput("The recipe has no distillation that this trainer knows.")
+        if self.group.size > 1:
+            raise InvalidInput(
+                "A distillation is work for one process.",
+                hint="Set processes = 1 under [device] in the house agent's site.toml.",
+            )
+        student, aggregate = self._version()
+        # Without a data set of the job's own, the validation rows are those beside the rows that are learnt from.
+        held_out = self._tokens(student, "validation", proxy=self.task.data_set is None)
+        rows = self._tokens(student, "train", proxy=True)
+
+        def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
+            self._reached = done, total
+            if self.pausing():
+                raise Paused
+            self.report("training", done, total, "steps", metrics)
+
+        lesson = Lesson(
+            self.spec, self.task, self.kind, rows, held_out, on_step,
+            on_rows=lambda done, total: self.report("evaluating", done, total, "rows", {}),
+        )  # fmt: skip
+        self._lap("load", since=self.began)
+        start = time.monotonic()
+        taught = distill(student, aggregate=aggregate, make_teacher=lambda: self._teacher(lesson), lesson=lesson)
+        self._lap("train", since=start)
+        start = time.monotonic()
+        update = self.directory / UPDATE
+        until_written(
+            lambda: write_result(student, taught=taught, aggregate=aggregate, path=update),
+            waits=self.wait_for_room, partial=update.with_suffix(".new"),
+        )  # fmt: skip
+        self._lap("save", since=start)
+        metrics = {**taught.metrics, **self._memory()}
+        return TaskResult(examples=rows.examples, steps=taught.steps, metrics=metrics, seconds=self.seconds)
+
+    def _teacher(self, lesson: Lesson) -> Teacher:
+        self.report("loading", 0, 0, "rows", {})
+        model = build_teacher(self.spec, task=self.task, kind=self.kind, device=self.device)
+        return Teacher(model, self.task, self.spec, lesson.how.keep_best, lesson.measure, self.wait_for_room, self.warn)
 
     def _has_rows(self, split: Split) -> bool:
         """Whether the job's own rows are measured: always, unless they are not here and there are questions to ask."""
@@ -288,29 +341,38 @@ class Work:
         self.report("loading", 0, 0, "rows", {})
         models = self.warm.models
         make = partial(self._build, self.group, self.device)
-        return _kept(models, key, is_full=lambda: len(models) >= KEPT_MODELS, make=make)
+        return kept(models, key, is_full=lambda: len(models) >= KEPT_MODELS, make=make)
 
     def _build(self, group: Group, device: torch.device) -> Model:
         if self.task.base_model_path is None:
             raise InvalidInput("The task names no base model.")
         path = Path(self.task.base_model_path)
+        self.warm.mentors.clear()
         with group.in_turn():
             return build(self.spec, task=self.kind, base_model_path=path, device=device, group=group)
 
-    def _tokens(self, model: Model, split: Split) -> Encoded:
-        if self.task.data_set is None or self.spec.data is None:
+    def _tokens(self, model: Model, split: Split, *, proxy: bool = False) -> Encoded:
+        """The rows of the job's data set, or with `proxy` of the one that a distillation learns from."""
+        fields, name = self.task.data_set, self.spec.data.name if self.spec.data else ""
+        if proxy:
+            fields, name = self.task.proxy_data_set, self.spec.proxy_data
+        if fields is None or not name:
             raise SiteConfigInvalid("The task names no data set.")
-        data_set, name = DataSet.model_validate(self.task.data_set), self.spec.data.name
+        data_set, how = DataSet.model_validate(fields), self.spec.distillation
+        has_labels = not proxy or split != "train" or how is None or how.labels
 
         def encode() -> Encoded:
-            rows = self.kind.read(data_set, name=name, split=split)
+            read = self.kind.read
+            if isinstance(self.kind, TextClassification) and not has_labels:
+                read = self.kind.read_texts
+            rows = read(data_set, name=name, split=split)
             return self.kind.encode(
                 rows, tokenizer=model.tokenizer,
                 on_rows=lambda done, total: self.report("loading", done, total, "rows", {}),
             )  # fmt: skip
 
-        key = (fingerprint(data_set, name=name, split=split), self.task.base_digest, self.kind)
-        return _kept(self.warm.splits, key, is_full=self.warm.has_enough_splits, make=encode)
+        key = (fingerprint(data_set, name=name, split=split), self.task.base_digest, self.kind, has_labels)
+        return kept(self.warm.splits, key, is_full=self.warm.has_enough_splits, make=encode)
 
     def _memory(self) -> dict[str, float]:
         if self.device.type != "cuda":
@@ -334,16 +396,3 @@ def choose_device(name: str, *, place: int = 0) -> torch.device:
                 hint='Set name under [device] in site.toml to "auto" or "cpu", or processes to the number of GPUs.',
             )
     return device
-
-
-def _kept(
-    store: OrderedDict[Hashable, Kept], key: Hashable, *, is_full: Callable[[], bool], make: Callable[[], Kept]
-) -> Kept:
-    """What `store` keeps under `key`; made when missing, after the least recently used have gone."""
-    if key in store:
-        store.move_to_end(key)
-    else:
-        while is_full():
-            store.popitem(last=False)
-        store[key] = make()
-    return store[key]

@@ -23,7 +23,8 @@ from pathlib import Path
 from client_agent.settings import trainer_environment
 from client_agent.taskdir import Seat, TaskSpec
 from client_agent.training.parallel import ALONE, Group, join, leave
-from client_agent.training.tasks import Warm, choose_device
+from client_agent.training.tasks import choose_device
+from client_agent.training.warm import Warm
 from protos.errors import Internal
 
 # How long a failure may take to show here too, when another process has met it.

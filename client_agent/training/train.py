@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from client_agent.training import parallel
 from client_agent.training.checkpoints import Checkpoints, Reached
+from client_agent.training.drift import Drift
 from client_agent.training.kinds import Encoded, Kind, loss_sum
 from client_agent.training.model import Model
 from protos.errors import InvalidInput, OutOfSpace
@@ -29,6 +30,8 @@ from protos.jobspec import Local
 # done, total, metrics; called after each step, and once before the first with done = 0 or what a checkpoint had
 # reached. It may raise, to stop.
 OnStep = Callable[[int, int, dict[str, float]], None]
+# stage, done, total, unit, metrics. It may raise, to stop.
+Report = Callable[[str, int, int, str, dict[str, float]], None]
 
 
 def prepare(*, device: torch.device, threads: int, processes: int = 1) -> None:
@@ -42,11 +45,6 @@ def prepare(*, device: torch.device, threads: int, processes: int = 1) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def step_count(local: Local, *, rows: int) -> int:
-    """Optimizer steps in one round; a last batch may be short."""
-    return local.steps or max(1, math.ceil((local.epochs or 0) * math.ceil(rows / local.batch_size)))
-
-
 def train(
     model: Model,
     *,
@@ -58,17 +56,21 @@ def train(
     seed: int,
     on_step: OnStep,
     checkpoints: Checkpoints | None = None,
+    corrections: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Trains `model` in place for `steps` steps; returns the mean loss over the last epoch (or all, when shorter).
 
-    `learning_rate_at` takes the step, from 0. InvalidInput when the loss is no longer finite; OutOfSpace when not even
-    one row fits into the device's memory; Paused by the checkpoints, which hold what was done.
+    `learning_rate_at` takes the step, from 0. `corrections` are SCAFFOLD's (see drift.py). InvalidInput when the loss
+    is no longer finite; OutOfSpace when not even one row fits into the device's memory; Paused by the checkpoints,
+    which hold what was done.
     """
     # Each process has other rows, and so another dropout.
     torch.manual_seed(seed + model.group.rank)
     model.network.train()
     _set_gradient_checkpointing(model, wanted=local.gradient_checkpointing)
     optimizer = make_optimizer(model, local=local, learning_rate=learning_rate_at(0))
+    # Before a checkpoint moves the model from where the round began.
+    drift = Drift(model, proximal=local.proximal, corrections=corrections)
     order = batches(len(tokens), batch_size=local.batch_size, seed=seed)
     last_epoch = deque[float](maxlen=math.ceil(len(tokens) / local.batch_size))
     done = Reached(local.micro_batch_size or local.batch_size, losses=last_epoch)
@@ -85,6 +87,7 @@ def train(
         )
         if not math.isfinite(loss):
             raise diverged(f"the loss became {loss} in step {done.step + 1} of {steps}")
+        drift.add_to_gradients()
         if local.max_gradient_norm:
             nn.utils.clip_grad_norm_(model.trainable, local.max_gradient_norm)
         optimizer.step()

@@ -19,7 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from client_agent.taskdir import Paused, Seat, VersionNeeded, is_full, read_spec, until_written, write_result
+from client_agent.taskdir import (
+    Paused,
+    Seat,
+    TooManyEpochs,
+    VersionNeeded,
+    is_full,
+    read_spec,
+    until_written,
+    write_result,
+)
 from client_agent.training.data import without_content
 from protos.errors import SilotuneError
 
@@ -105,8 +114,9 @@ def main() -> None:
     # Not before standard output is safe; and the daemon's first command need not wait for it.
     import torch
 
-    from client_agent.training.tasks import Warm, Work
+    from client_agent.training.tasks import Work
     from client_agent.training.team import Team
+    from client_agent.training.warm import Warm
 
     warm = Warm()
     team = Team(warm, say_failed=lambda reason, hint: control.say("failed", reason=reason, hint=hint))
@@ -128,6 +138,8 @@ def main() -> None:
             control.say("paused")
         except VersionNeeded as needed:
             control.say("failed", reason=str(needed), hint="", needs_version=True)
+        except TooManyEpochs as refused:
+            control.say("failed", reason=str(refused), hint="", declined=True)
         except SilotuneError as error:
             control.say("failed", reason=without_content(error), hint=error.hint)
         except torch.OutOfMemoryError:

@@ -10,8 +10,8 @@ import numpy as np
 
 from coordinator.aggregation.combine import BLOCK_ELEMENTS, DTYPES
 from protos import tensors
-from protos.encoded_files import TensorFile, decoded
-from protos.encodings import Named, encoded_header
+from protos.encoded_files import TensorFile, check_encoded, decoded
+from protos.encodings import NO_RANKS, Named
 from protos.errors import UpdateRejected
 
 # No weight of a model comes near it, and nothing that is made of such values overflows: no product of factors, and no
@@ -32,21 +32,23 @@ def check_update(
 
     `expected` are the tensors that this site trained (protos.adapters.update_tensors); None for version 0. They are
     written in this encoding. UpdateRejected names the first tensor that is missing, surplus, of another shape or dtype,
-    not finite or absurdly large. Memory: one block.
+    not finite or absurdly large. Memory: one block; of svd one matrix.
     """
     with TensorFile(path, encoded=encoding != "raw") as file:
         layout = file.layout
         if not layout.tensors:
             raise UpdateRejected("The update has no tensors.")
+        ranks = NO_RANKS
         if expected is not None:
-            tensors.check_same_tensors(layout, encoded_header(expected, encoding=encoding, block=block)[1])
+            ranks = check_encoded(layout, expected, encoding=encoding, block=block)
         # Both are in the same order.
         for tensor, (_, _, shape) in zip(layout.tensors, sorted(expected or []) or layout.named, strict=True):
             part: Callable[[int, int], np.ndarray]
             if encoding == "raw":
                 part = _raw(file, tensor)
             else:
-                part = decoded(file, tensor, encoding=encoding, block=block)
+                rank = ranks.get(tensor.name)
+                part = decoded(file, tensor.name, shape, encoding=encoding, block=block, rank=rank)
             elements = math.prod(shape)
             for start in range(0, elements, BLOCK_ELEMENTS):
                 if not _is_sane(part(start, min(BLOCK_ELEMENTS, elements - start))):

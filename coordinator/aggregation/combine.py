@@ -19,29 +19,26 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
+from coordinator.aggregation.anomalies import figures
+from coordinator.aggregation.controls import Controls
+from coordinator.aggregation.gram import block_elements, gram_matrix, stacked
 from coordinator.aggregation.layers import Layers
 from coordinator.aggregation.lora_rules import Matrix
+from coordinator.aggregation.reading import BLOCK_ELEMENTS as BLOCK_ELEMENTS
+from coordinator.aggregation.reading import DTYPES as DTYPES
 from coordinator.aggregation.reading import EncodedReader, Reader
+from coordinator.aggregation.robust import coefficients, coordinate_wise, is_coordinate_wise
 from coordinator.aggregation.server_optimizer import OptimizerState, apply
 from protos import tensors
-from protos.adapters import split_name, update_tensors
+from protos.adapters import CONTROL, split_name, update_tensors
 from protos.digests import new_hasher
 from protos.encoded_files import TensorFile
 from protos.encodings import Named
 from protos.errors import CorruptData, Internal, SilotuneError
-from protos.jobspec import JobSpec, Lora, NoServerOptimizer, ServerOptimizer
-
-# 512 KiB of float64: two such buffers and one block of input stay in the second-level cache.
-BLOCK_ELEMENTS = 1 << 16
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+from protos.jobspec import DRIFT_RULES, JobSpec, Lora, NoServerOptimizer, ServerOptimizer
+from protos.recipe_robust import NotRobust
 
 
 class CorruptUpdate(Exception):
@@ -61,6 +58,9 @@ class Input:
     # How it is written: see protos/encodings.py.
     encoding: str = "raw"
     block: int = 0
+    # scaffold: see coordinator/rounds/state.Contribution.
+    control_weight: float = 0.0
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,32 +134,55 @@ def combine(
     state_output: Path | None = None,
     spec: JobSpec | None = None,
     round_number: int = 0,
+    history: Sequence[Mapping[str, float]] = (),
 ) -> Combined:
-    """Writes sum(weight_k x_k), through the server optimizer where there is one, to `output`; fsyncs it.
+    """Writes x + sum(weight_k (x_k - x)), through the server optimizer where there is one, to `output`; fsyncs it.
 
-    `inputs` are in site order and their weights sum to 1. `previous` is the version that they started from and `state`
-    the server optimizer's after it (None: zero). `previous` is needed with an optimizer, with encoded inputs and for
-    LoRA; the last two need the `spec` too, whose rule combines the pairs. CorruptUpdate: an input does not match its
-    digest; CorruptData: `previous` or `state` does not. Nothing may be used of the output then.
+    `inputs` are in site order. `previous` is x, the version that they started from, and `state` the server optimizer's
+    after it (None: zero). x is needed where the weights do not sum to 1, with an optimizer, with encoded inputs and for
+    LoRA; the last two, scaffold and robust rules need the `spec` too. `history` is for the report on updates, see
+    anomalies.py. CorruptUpdate: an input does not match its digest;
+    CorruptData: `previous` or `state` does not. Nothing may be used of the output then.
     """
     optimizer = optimizer or NoServerOptimizer(type="none")
     began = time.perf_counter()
     buffer = bytearray(BLOCK_ELEMENTS * 8)
     weights = [part.weight for part in inputs]
+    robust = spec.aggregation.robust if spec else NotRobust(type="none")
+    by_coordinate = is_coordinate_wise(robust)
+    step = block_elements(len(inputs)) if by_coordinate else BLOCK_ELEMENTS
+    measured: dict[str, float] = {}
     with ExitStack() as stack:
         base = None if previous is None else stack.enter_context(_open_previous(previous))
         held = [_held(part.site, base, spec=spec, round_number=round_number) for part in inputs]
+        if spec and spec.aggregation.measures_updates:
+            gram = _gram(
+                inputs, buffer=buffer, previous=previous, previous_digest=previous_digest, base=base, held=held
+            )  # fmt: skip
+            found = coefficients(robust, gram, weights=weights)
+            measured = figures(gram, sites=[part.site for part in inputs], coefficients=found, history=history)
+            weights = weights if found is None else found.tolist()
+        rest = 0.0 if by_coordinate else _rest(weights)
         readers = [_open(part, buffer, base=base, held=names) for part, names in zip(inputs, held, strict=True)]
         header, layout = _header(inputs[0].path, site=inputs[0].site) if base is None else (None, base.layout)
         header = header or tensors.make_header(layout.named)[0]
         before = None if previous is None else Reader(previous, buffer)
+        controls = _controls(inputs, base, spec=spec, round_number=round_number, stack=stack)
         memory = None
         if not isinstance(optimizer, NoServerOptimizer) and state_output is not None:
-            # A fold is no variable of the optimizer, and of another size each time.
-            kept = tuple(tensor for tensor in layout.tensors if not split_name(tensor.name)[1].startswith("fold"))
+            # A fold is no variable of the optimizer, and of another size each time; nor is a control.
+            kept = tuple(
+                tensor
+                for tensor in layout.tensors
+                if not split_name(tensor.name)[1].startswith("fold") and not (controls and _is_control(tensor))
+            )
             variables = tensors.Layout(kept, layout.data_start)
             memory = OptimizerState.begin(optimizer, variables, state, state_output, digest=state_digest)
-        layers = Layers(spec, round_number, weights) if spec and before and isinstance(spec.method, Lora) else None
+        layers = None
+        # Where updates are plain vectors, a pair is nothing else than other tensors.
+        vectors = spec is not None and (spec.aggregation.rule in DRIFT_RULES or robust.type != "none")
+        if spec and before and isinstance(spec.method, Lora) and not vectors:
+            layers = Layers(spec, round_number, weights)
         out = _Output(output, header=None if layers and layers.grows else header)
         total, term = np.empty(BLOCK_ELEMENTS), np.empty(BLOCK_ELEMENTS)
         for (layer, is_pair), group in groupby(layout.tensors, key=_unit):
@@ -172,37 +195,72 @@ def combine(
             for tensor in group:
                 dtype = DTYPES[tensor.dtype]
                 out.begin(tensor.name, tensor.dtype, tensor.shape)
-                for start in range(0, tensor.elements, BLOCK_ELEMENTS):
-                    count = min(BLOCK_ELEMENTS, tensor.elements - start)
+                travels = not held[0] or tensor.name in held[0]
+                for start in range(0, tensor.elements, step):
+                    count = min(step, tensor.elements - start)
+                    if controls and before and _is_control(tensor):
+                        control = before.values(count, dtype).astype(np.float64)
+                        out.write(controls.block(tensor.name, start, count, old=control).astype(dtype).tobytes())
+                        continue
                     mean, scaled = total[:count], term[:count]
-                    for place, (reader, weight) in enumerate(zip(readers, weights, strict=True)):
+                    if by_coordinate and travels:
+                        mean = coordinate_wise(robust, stacked(readers, count, dtype))
+                    contributing = () if by_coordinate or not travels else zip(readers, weights, strict=True)
+                    for place, (reader, weight) in enumerate(contributing):
                         values = reader.values(count, dtype)
                         np.multiply(values, weight, out=scaled if place else mean, dtype=np.float64)
                         if place:
                             np.add(mean, scaled, out=mean)
                     # Also where it is not needed: its digest is taken from all of it.
                     old = None if before is None else before.values(count, dtype)
+                    if old is not None and not travels:
+                        mean[:] = old
+                    elif old is not None and rest:
+                        np.multiply(old, rest, out=scaled, dtype=np.float64)
+                        np.add(mean, scaled, out=mean)
                     if old is not None and memory is not None:
                         state_block = memory.block(tensor, start, count)
-                        mean = apply(optimizer, old=old.astype(np.float64), mean=mean, state=state_block)
+                        if travels:
+                            mean = apply(optimizer, old=old.astype(np.float64), mean=mean, state=state_block)
                         memory.save()
                     out.write(mean.astype(dtype).tobytes())
         combined = time.perf_counter()
         digest = out.finish()
-        for reader, part in zip(readers, inputs, strict=True):
-            if reader.close() != part.digest:
-                raise CorruptUpdate(part.site)
-        if before is not None and before.close() != previous_digest:
-            raise _damaged_previous()
+        _close(readers, inputs=inputs, before=before, previous_digest=previous_digest)
         optimizer_digest = memory.finish() if memory is not None else ""
     ended = time.perf_counter()
     return Combined(
         digest=digest,
         size=output.stat().st_size,
         optimizer_digest=optimizer_digest,
-        metrics=layers.metrics if layers else {},
+        metrics=(layers.metrics if layers else {}) | measured,
         seconds={"combine": combined - began, "sync": ended - combined},
     )
+
+
+def _gram(
+    inputs: Sequence[Input], *, buffer: bytearray, previous: Path | None, previous_digest: str, base: TensorFile | None,
+    held: Sequence[Mapping[str, tuple[int, ...]]],
+) -> Matrix:  # fmt: skip
+    """The Gram matrix of the updates' differences from `previous`, in a reading of its own. Errors as of `combine`."""
+    if previous is None or base is None:
+        raise Internal("Updates are compared by their difference from the version before, and there is none.")
+    readers = [_open(part, buffer, base=base, held=names) for part, names in zip(inputs, held, strict=True)]
+    before = Reader(previous, buffer)
+    found = gram_matrix(readers, before=before, layout=base.layout, travelling=held[0])
+    _close(readers, inputs=inputs, before=before, previous_digest=previous_digest)
+    return found
+
+
+def _close(
+    readers: Sequence[Reader], *, inputs: Sequence[Input], before: Reader | None, previous_digest: str
+) -> None:  # fmt: skip
+    """CorruptUpdate, CorruptData: what was read is not what was stored."""
+    for reader, part in zip(readers, inputs, strict=True):
+        if reader.close() != part.digest:
+            raise CorruptUpdate(part.site)
+    if before is not None and before.close() != previous_digest:
+        raise _damaged_previous()
 
 
 def _combine_layer(
@@ -253,6 +311,31 @@ def _unit(tensor: tensors.TensorSpec) -> tuple[str, bool]:
     """What is combined together: (layer, True) for the tensors of one adapter, else (name, False)."""
     layer, factor = split_name(tensor.name)
     return layer, bool(factor)
+
+
+def _rest(weights: Sequence[float]) -> float:
+    """What x itself weighs in x + sum(weight_k (x_k - x)): nothing in a mean, but for rounding."""
+    rest = 1.0 - math.fsum(weights)
+    return rest if abs(rest) > 1e-9 else 0.0
+
+
+def _is_control(tensor: tensors.TensorSpec) -> bool:
+    return tensor.name.startswith(CONTROL)
+
+
+def _controls(
+    inputs: Sequence[Input], base: TensorFile | None, *, spec: JobSpec | None, round_number: int, stack: ExitStack
+) -> Controls | None:  # fmt: skip
+    if base is None or spec is None or spec.aggregation.rule != "scaffold":
+        return None
+    rate, files = spec.learning_rate_at(round_number), []
+    for part in inputs:
+        try:
+            files.append(stack.enter_context(TensorFile(part.path)))
+        except (OSError, SilotuneError) as error:
+            raise CorruptUpdate(part.site) from error
+    scales = [part.control_weight / (part.steps * rate) for part in inputs]
+    return Controls(base, files, scales, kept=1.0 - sum(part.control_weight for part in inputs))
 
 
 def _held(

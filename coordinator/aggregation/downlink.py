@@ -21,6 +21,7 @@ def round_version(
     version: Path,
     *,
     spec: JobSpec,
+    round_number: int = 1,
     initial: str,
     initial_digest: str,
     seed: int,
@@ -49,6 +50,7 @@ def round_version(
             output=Path(encoded),
             before=Path(residual) if residual else None,
             residual=Path(residual_output) if residual_output else None,
+            energy=way.energy(round_number=round_number, rounds=spec.rounds),
         )
     made = rebuild(
         Path(encoded), base=Path(initial), encoding=way.down, block=way.block, output=version, tensors=moved

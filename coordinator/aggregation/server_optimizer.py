@@ -5,6 +5,8 @@ With x the version before, Δ = mean - x, all in float64:
     FedAvgM   u <- momentum u + Δ;  x <- x + learning_rate u                 (Hsu et al. 2019, arXiv:1909.06335)
     FedAdam   m <- b1 m + (1 - b1) Δ;  v <- b2 v + (1 - b2) Δ²;  x <- x + learning_rate m / (sqrt(v) + tau)
     FedYogi   as FedAdam with  v <- v - (1 - b2) Δ² sign(v - Δ²)
+    Nesterov  u <- momentum u + Δ;  x <- x + learning_rate (Δ + momentum u)  (DiLoCo's outer step, Douillard et al.
+                                                                              2023, arXiv:2311.08105)
 
 No bias correction, as published; v begins at tau² as in the paper. State is kept in float32, as a tensor file of its
 own that belongs to the version.
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from coordinator.aggregation.reading import digest_of_file
 from protos import tensors
 from protos.errors import CorruptData, Internal
-from protos.jobspec import FedAdam, FedAvgM, FedYogi, ServerOptimizer
+from protos.jobspec import FedAdam, FedAvgM, FedYogi, Nesterov, ServerOptimizer
 
 FLOAT32_BYTES = 4
 
@@ -38,6 +40,9 @@ def apply(
     if isinstance(optimizer, FedAvgM):
         state["u"][:] = optimizer.momentum * state["u"] + delta
         return old + optimizer.learning_rate * state["u"]
+    if isinstance(optimizer, Nesterov):
+        state["u"][:] = optimizer.momentum * state["u"] + delta
+        return old + optimizer.learning_rate * (delta + optimizer.momentum * state["u"])
     if isinstance(optimizer, (FedAdam, FedYogi)):
         first, second, squared = state["m"], state["v"], delta * delta
         first[:] = optimizer.beta1 * first + (1 - optimizer.beta1) * delta
@@ -51,7 +56,7 @@ def apply(
 
 def slots(optimizer: ServerOptimizer) -> dict[str, float]:
     """Names of the state tensors for each model tensor, and the value that they begin with."""
-    if isinstance(optimizer, FedAvgM):
+    if isinstance(optimizer, (FedAvgM, Nesterov)):
         return {"u": 0.0}
     if isinstance(optimizer, (FedAdam, FedYogi)):
         return {"m": 0.0, "v": optimizer.tau**2}

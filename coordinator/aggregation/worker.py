@@ -35,7 +35,16 @@ def carry_out(command: dict[str, Any]) -> dict[str, Any]:
     spec = jobspec.parse(command["spec"]) if "spec" in command else None
     encoding = spec.encoding if spec else jobspec.Encoding()
     inputs = [
-        Input(part["site"], Path(part["path"]), part["digest"], part["weight"], encoding.up, encoding.block)
+        Input(
+            part["site"],
+            Path(part["path"]),
+            part["digest"],
+            part["weight"],
+            encoding.up,
+            encoding.block,
+            control_weight=part.get("control_weight", 0.0),
+            steps=part.get("steps", 0),
+        )
         for part in command["contributions"]
     ]
     optimizer: ServerOptimizer = TypeAdapter(ServerOptimizer).validate_python(command["optimizer"])
@@ -51,13 +60,15 @@ def carry_out(command: dict[str, Any]) -> dict[str, Any]:
             state_output=path("state_output"),
             spec=spec,
             round_number=command.get("round", 0),
+            history=command.get("history", ()),
         )
     except CorruptUpdate as error:
         return {"corrupt_site": error.site}
     answer = asdict(combined)
     if spec and "down" in command:
         began = time.perf_counter()
-        answer |= round_version(Path(command["output"]), spec=spec, **command["down"])
+        number = command.get("round", 1)
+        answer |= round_version(Path(command["output"]), spec=spec, round_number=number, **command["down"])
         answer["seconds"]["encode"] = time.perf_counter() - began
     return answer
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from coordinator.rounds.state import Contribution, Facts, Fate, Job, SiteFact, Update
+from protos.recipe_robust import has_equal_weights, is_clipping
 
 
 def eligible(job: Job, facts: Facts) -> list[SiteFact]:
@@ -93,21 +95,55 @@ def replacement(job: Job, facts: Facts, *, round_number: int, cohort: Sequence[s
     return next((site.name for site in order if site.connected and site.name not in cohort), None)
 
 
-def contributions(job: Job, updates: Sequence[Update]) -> tuple[Contribution, ...]:
+def contributions(job: Job, updates: Sequence[Update], *, sites: int) -> tuple[Contribution, ...]:
     """Normalised weights in site order, none above `max_share`.
 
-    The excess of a capped site goes to the others in proportion, again and again until none exceeds the cap.
+    The excess of a capped site goes to the others in proportion, again and again until none exceeds the cap. Then
+    fednova and scaffold make of them what they need; `sites` is the number of those that may train in the job.
     """
     chosen = sorted(updates, key=lambda update: update.site)
-    kind = job.spec.aggregation.weights
+    robust = job.spec.aggregation.robust
+    # What sites say of themselves has no part in these.
+    kind = "equal" if has_equal_weights(robust) else job.spec.aggregation.weights
     raw = {
         update.site: float({"examples": update.examples, "steps": update.steps, "equal": 1}[kind]) for update in chosen
     }
     if not sum(raw.values()):
         raw = dict.fromkeys(raw, 1.0)
-    cap = max(job.spec.aggregation.max_share, 1 / len(chosen))
+    # Clipping bounds how far a site reaches, and this how much it may claim to weigh.
+    most = 2 / len(chosen) if is_clipping(robust) else 1.0
+    cap = max(min(most, job.spec.aggregation.max_share), 1 / len(chosen))
     shares = _capped(raw, cap=cap)
-    return tuple(Contribution(update.site, update.digest, update.size, shares[update.site]) for update in chosen)
+    rule = job.spec.aggregation.rule
+    if rule == "fednova":
+        shares = _by_length(job, shares, steps={update.site: update.steps for update in chosen})
+    found = [Contribution(update.site, update.digest, update.size, shares[update.site]) for update in chosen]
+    if rule == "scaffold":
+        took_part = len(chosen) / max(sites, len(chosen))
+        found = [
+            replace(part, control_weight=part.weight * took_part, steps=update.steps)
+            for part, update in zip(found, chosen, strict=True)
+        ]
+    return tuple(found)
+
+
+def path_length(steps: int, *, momentum: float) -> float:
+    """How far `steps` local steps go along a gradient that stays the same, in steps without momentum.
+
+    The l1 norm of FedNova's accumulation vector (Wang et al. 2020, arXiv:2007.07481, section 4): with momentum rho the
+    gradient of step s counts (1 - rho^(steps - s + 1)) / (1 - rho) times. AdamW's steps are counted as they are: each
+    has about the length of the learning rate, however many went before.
+    """
+    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+
+
+def _by_length(job: Job, shares: dict[str, float], *, steps: dict[str, int]) -> dict[str, float]:
+    """FedNova (Wang et al. 2020, arXiv:2007.07481): x + tau_eff sum p_k (x_k - x) / tau_k, where tau_k is the length of
+    a site's path and tau_eff = sum p_k tau_k. So the weight is p_k tau_eff / tau_k; all are p_k where all lengths are
+    the same."""
+    length = {site: path_length(steps[site], momentum=job.spec.local.momentum) for site in shares}
+    effective = sum(share * length[site] for site, share in shares.items())
+    return {site: share * (effective / length[site]) for site, share in shares.items()}
 
 
 def _capped(raw: dict[str, float], *, cap: float) -> dict[str, float]:

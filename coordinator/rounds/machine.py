@@ -14,8 +14,11 @@ from coordinator.rounds import evaluation as evaluations
 from coordinator.rounds import sentences
 from coordinator.rounds.state import (
     Aggregate,
+    Command,
     CommandState,
     Commit,
+    Contribution,
+    Distill,
     EndTask,
     Facts,
     FailRound,
@@ -65,6 +68,8 @@ def step(job: Job, facts: Facts, now: float) -> Transition:
         return _collect(job, facts, facts.round, now)
     if facts.round.phase is Phase.AGGREGATING:
         return _aggregate(job, facts, facts.round, now)
+    if facts.round.phase is Phase.DISTILLING:
+        return _distill(job, facts, facts.round, now)
     return _after_commit(job, facts, facts.round, now)
 
 
@@ -127,7 +132,7 @@ def _select(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
         return Transition((), sentences.waits_for_sites(job, facts, round_, now))
     to_train = [site for site in cohort if site not in cohorts.accepted(facts)]
     # Every update still to come, the state of a server optimizer, and the new version must fit on the disk.
-    needed = (len(to_train) + 3) * facts.model_bytes
+    needed = (len(to_train) + 3 + job.spec.is_distilled(round_.number)) * facts.model_bytes
     if facts.spare_bytes is not None and needed > facts.spare_bytes:
         if now > round_.deadline_at:
             why = f"the coordinator's disk has no room: {sentences.no_room(facts, needed)}"
@@ -204,7 +209,7 @@ def _collect(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     closed = tuple(
         EndTask(task.id, TaskState.EXPIRED, f"round {round_.number} closed without this update") for task in waiting
     )
-    shares = cohorts.contributions(job, accepted)
+    shares = cohorts.contributions(job, accepted, sites=len(cohorts.eligible(job, facts)))
     start = Aggregate(shares, generation=1 if facts.command is None else facts.command.generation + 1)
     left_out = f"; without {', '.join(task.site for task in waiting)}" if waiting else ""
     return Transition((*closed, start), f"round {round_.number} aggregates {len(accepted)} updates{left_out}")
@@ -265,15 +270,7 @@ def _aggregate(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     if command.state is CommandState.QUEUED:
         return Transition((), sentences.aggregates(round_, command, limit=limit, now=now))
     if command.state is CommandState.DONE:
-        version = round_.number
-        measure = evaluations.measure(job, facts, version=version)
-        commit = Commit(
-            version, command.digest, command.size, command.optimizer_digest, command.contributions, bool(measure)
-        )
-        return Transition(
-            (commit, *measure),
-            f"round {round_.number} is committed: version {version} from {len(command.contributions)} updates",
-        )
+        return _commit_or_distill(job, facts, round_, command, now)
     if command.corrupt_site:
         return _without(job, facts, round_, command.corrupt_site, command.generation, now)
     again_at = command.queued_at + COMMAND_RETRY_SECONDS
@@ -283,16 +280,81 @@ def _aggregate(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
     return Transition((again,), f"round {round_.number} is aggregated again after: {command.error}")
 
 
+def _commit_or_distill(job: Job, facts: Facts, round_: Round, command: Command, now: float) -> Transition:
+    if job.spec.distillation is None or not job.spec.is_distilled(round_.number):
+        return _commit(job, facts, round_, command)
+    house = evaluations.house_agent(facts)
+    if house is None:
+        return _commit(job, facts, round_, command, undistilled="no house agent is enrolled")
+    assert job.head_version is not None
+    task = QueueTask(TaskKind.DISTILL, round_.number, house, job.head_version)
+    begins = Distill(now + job.spec.distillation.deadline_seconds)
+    return Transition((begins, task), f"round {round_.number} is aggregated, and {house} distils it")
+
+
+def _commit(
+    job: Job, facts: Facts, round_: Round, command: Command, *ends: EndTask,
+    by: Contribution | None = None, undistilled: str = "",
+) -> Transition:  # fmt: skip
+    """What was aggregated becomes the version, or what the house agent made `by` distilling it."""
+    version = round_.number
+    measure = evaluations.measure(job, facts, version=version)
+    made = (command.digest, command.size) if by is None else (by.digest, by.size)
+    commit = Commit(
+        version, *made, command.optimizer_digest, command.contributions, bool(measure), undistilled=undistilled
+    )  # fmt: skip
+    said = f"round {version} is committed: version {version} from {len(command.contributions)} updates"
+    said += sentences.judged(job, command)
+    if by is not None:
+        said += f", distilled by {by.site}"
+    if undistilled:
+        said += f", not distilled: {undistilled}"
+    return Transition((*ends, commit, *measure), said)
+
+
 def _without(job: Job, facts: Facts, round_: Round, site: str, generation: int, now: float) -> Transition:
     """A stored update no longer matches its digest: it cannot count, the round goes on down to the quorum."""
     reject = RejectUpdate(site, "the stored update no longer matches its digest")
     rest = tuple(replace(update, fate=Fate.REJECTED) if update.site == site else update for update in facts.updates)
     left = [update for update in rest if update.fate is Fate.ACCEPTED]
     if len(left) >= job.spec.cohort.quorum:
-        start = Aggregate(cohorts.contributions(job, left), generation + 1)
+        shares = cohorts.contributions(job, left, sites=len(cohorts.eligible(job, facts)))
+        start = Aggregate(shares, generation + 1)
         return Transition((reject, start), f"round {round_.number} goes on without {site}: {reject.reason}")
     ended = _below_quorum(job, replace(facts, updates=rest), round_, now, why=f"{site}: {reject.reason}")
     return replace(ended, effects=(reject, *ended.effects))
+
+
+# --- DISTILLING
+
+
+def _distill(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
+    """A round is never lost here: whatever becomes of the distillation, the aggregate is there to be committed."""
+    command = facts.command
+    assert command is not None
+    if facts.distilled is not None:
+        return _commit(job, facts, round_, command, by=facts.distilled)
+    tasks = [task for task in facts.tasks if task.kind is TaskKind.DISTILL]
+    waiting = next((task for task in tasks if task.state.open), None)
+    if waiting is None:
+        house = evaluations.house_agent(facts)
+        for task in tasks:
+            if task.state is TaskState.FAILED and task.failures < MAX_FAILURES and task.site == house:
+                again = QueueTask(task.kind, task.round, task.site, task.version)
+                failed = f"{task.site} failed to distil ({task.reason})"
+                return Transition((again,), f"{failed} and gets the aggregate of round {round_.number} once more")
+        return _commit(job, facts, round_, command, undistilled=sentences.outcomes(tasks))
+    limit = job.spec.cohort.stall_limit_seconds
+    stalls_at, stalled = waiting.last_progress_at + limit, f"nothing moved for {sentences.duration(limit)}"
+    connected = any(site.connected for site in facts.sites if site.name == waiting.site)
+    if not connected and not waiting.lease_until:
+        # It never took the task: an agent that is away must not hold up each round.
+        stalls_at, stalled = waiting.queued_at + cohorts.patience_seconds(job), "it is not connected"
+    if now <= min(round_.deadline_at, stalls_at):
+        return Transition((), sentences.waits_for_distillation(facts, round_, waiting, stalls_at=stalls_at, now=now))
+    reason = stalled if now <= round_.deadline_at else "the deadline passed"
+    end = EndTask(waiting.id, TaskState.EXPIRED, f"round {round_.number} was committed without it: {reason}")
+    return _commit(job, facts, round_, command, end, undistilled=f"{waiting.site} handed nothing in: {reason}")
 
 
 # --- COMMITTED

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 
 from coordinator.rounds import cohort as cohorts
 from coordinator.rounds.state import Command, Facts, Job, JobState, Round, SiteFact, Task, TaskKind, TaskState, Update
+from protos.update_figures import COEFFICIENT, COSINE, NORM_Z, OUTLYING_Z, by_site
 
 # A site that works and shows no progress for this long is said to stand still.
 QUIET_SECONDS = 30.0
+# Half of the sites are a little longer than the median; who counts less than this of its weight is named.
+NOTABLY_CLIPPED = 0.5
 
 
 def duration(seconds: float) -> str:
@@ -28,6 +31,8 @@ def work(task: Task) -> str:
         return "making version 0"
     if task.kind is TaskKind.TRAIN:
         return f"training of round {task.round}"
+    if task.kind is TaskKind.DISTILL:
+        return f"distillation of round {task.round}"
     return f"evaluation of version {task.version}"
 
 
@@ -230,11 +235,45 @@ def aggregates(round_: Round, command: Command, *, limit: float, now: float) -> 
     return f"{text}; given up in {duration(limit - now)}, then the job fails"
 
 
+def judged(job: Job, command: Command) -> str:
+    """What a robust rule did to single updates, and which are unlike the others; nothing where there is no such."""
+    rule, metrics = job.spec.aggregation.robust.type, command.metrics
+    coefficients = by_site(metrics, COEFFICIENT)
+    weighted = [part for part in command.contributions if part.weight and part.site in coefficients]
+    shares = {part.site: coefficients[part.site] / part.weight for part in weighted}
+    left_out = [site for site, share in shares.items() if not share]
+    shortened = [f"{site} at {share:.0%}" for site, share in shares.items() if 0 < share < NOTABLY_CLIPPED]
+    text = ""
+    if len(left_out) == len(shares) - 1 > 0:
+        text += f"; {rule} counts {', '.join(set(shares) - set(left_out))} alone"
+    elif left_out:
+        text += f"; {rule} leaves out {', '.join(left_out)}"
+    if shortened:
+        text += f"; {rule} counts {', '.join(shortened)}"
+    against = [site for site, cosine in by_site(metrics, COSINE).items() if cosine < 0]
+    outlying = [f"{site} ({z:+.1f})" for site, z in by_site(metrics, NORM_Z).items() if abs(z) > OUTLYING_Z]
+    if against:
+        text += f"; against the mean of the others: {', '.join(against)}"
+    if outlying:
+        text += f"; of unusual length, in deviations: {', '.join(outlying)}"
+    return text
+
+
 def could_not_aggregate(round_: Round, command: Command, *, again_at: float, limit: float, now: float) -> str:
     return (
         f"round {round_.number}: the coordinator could not aggregate {len(command.contributions)} updates: "
         f"{command.error}; tries again in {duration(again_at - now)}; given up in {duration(limit - now)}, then the "
         "job fails"
+    )
+
+
+def waits_for_distillation(facts: Facts, round_: Round, task: Task, *, stalls_at: float, now: float) -> str:
+    here = {site.name for site in facts.sites if site.connected}
+    left = round_.deadline_at - now
+    sooner = f", or in {duration(stalls_at - now)} when nothing moves" if stalls_at < round_.deadline_at else ""
+    return (
+        f"round {round_.number} is aggregated and waits for its distillation: "
+        f"{status(task, now=now, connected=task.site in here)}; committed without it in {duration(left)}{sooner}"
     )
 
 

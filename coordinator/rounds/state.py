@@ -1,7 +1,7 @@
 """The state of a job as frozen values: what is in the store, what a step may decide.
 
     Job     SUBMITTED -> RUNNING <-> PAUSED -> COMPLETED | FAILED | CANCELLED
-    Round   SELECTING -> COLLECTING -> AGGREGATING -> COMMITTED | FAILED
+    Round   SELECTING -> COLLECTING -> AGGREGATING (-> DISTILLING) -> COMMITTED | FAILED
             (a round that ends below its quorum goes back to SELECTING while it has retries; what was accepted stays)
             (a FAILED round goes back to SELECTING when the operator resumes its job)
     Task    QUEUED -> LEASED -> RUNNING -> SUCCEEDED | FAILED | DECLINED | EXPIRED
@@ -42,6 +42,7 @@ class Phase(Enum):
     SELECTING = "SELECTING"
     COLLECTING = "COLLECTING"
     AGGREGATING = "AGGREGATING"
+    DISTILLING = "DISTILLING"
     COMMITTED = "COMMITTED"
     FAILED = "FAILED"
 
@@ -49,6 +50,7 @@ class Phase(Enum):
 class TaskKind(Enum):
     INIT = "INIT"
     TRAIN = "TRAIN"
+    DISTILL = "DISTILL"
     EVALUATE = "EVALUATE"
 
 
@@ -102,13 +104,17 @@ class Round:
     phase: Phase
     cohort: tuple[str, ...]
     opened_at: float
-    # The end of SELECTING and COLLECTING together, counted anew by each attempt.
+    # The end of SELECTING and COLLECTING together, counted anew by each attempt; then that of DISTILLING.
     deadline_at: float
 
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of work for one site. `version` is what it starts from; an EVALUATE task's round is that version."""
+    """One piece of work for one site.
+
+    `version` is what it starts from; an EVALUATE task's round is that version. A DISTILL task starts from the aggregate
+    of its round.
+    """
 
     id: str
     job_id: str
@@ -155,12 +161,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Contribution:
-    """A site's part in an aggregate; the weights of one aggregate sum to 1."""
+    """A site's part in an aggregate: with x the version before, the next one is x + the sum of weight (site's - x).
+
+    The weights of one aggregate sum to 1, but those of fednova need not.
+    """
 
     site: str
     digest: str
     size: int
     weight: float
+    # scaffold: what the site's mean gradient weighs in that of all sites, and of how many steps it is the mean.
+    control_weight: float = 0.0
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,8 @@ class Command:
     error: str = ""
     # The site whose stored update was found damaged.
     corrupt_site: str = ""
+    # What the aggregation measured of itself and of the updates.
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -201,8 +215,9 @@ class Facts:
     command: Command | None = None
     # Sites that declined this job, or failed its tasks again and again: reason by site.
     set_aside: Mapping[str, str] = field(default_factory=dict)
-    # The INIT task's sealed result.
+    # The INIT task's sealed result, and that of the round's DISTILL task.
     initial: Contribution | None = None
+    distilled: Contribution | None = None
     # Size of the head version, and room for blobs at the coordinator; None: not known.
     model_bytes: int = 0
     spare_bytes: int | None = None
@@ -267,6 +282,13 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """What was aggregated is distilled before it is committed; the task is queued besides."""
+
+    deadline_at: float
+
+
+@dataclass(frozen=True)
 class Commit:
     """Make `version` the head."""
 
@@ -277,6 +299,8 @@ class Commit:
     contributions: tuple[Contribution, ...]
     # Whether evaluations of it were queued, so that it is to be judged.
     measured: bool = False
+    # Why it is not distilled, where the recipe asks for that.
+    undistilled: str = ""
 
 
 @dataclass(frozen=True)
@@ -304,6 +328,7 @@ Effect = (
     | EndTask
     | RejectUpdate
     | Aggregate
+    | Distill
     | Commit
     | FailRound
     | SetBest

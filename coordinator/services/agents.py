@@ -21,7 +21,7 @@ from coordinator.ca import CertificateAuthority, utc_now
 from coordinator.observe import Metrics
 from coordinator.rounds.state import Fate, Task, TaskState
 from coordinator.services import results, views
-from coordinator.services.doorbell import Doorbell
+from coordinator.services.doorbell import Board, Doorbell
 from coordinator.services.wire import Caller
 from coordinator.storage.blobs import BlobStore
 from coordinator.storage.grants import Grant
@@ -71,6 +71,7 @@ class AgentService:
         self._version = version
         self._lease_seconds = lease_seconds
         self._client_days = client_days
+        self._board = Board(store.work.sites_with_work)
         self._seen: dict[str, tuple[float, pb.AgentInfo | None]] = {}
         self._checks: dict[tuple[str, int], asyncio.Future[Result | str]] = {}
         # Whole updates are read in threads of their own: heartbeats and leases share the others.
@@ -89,7 +90,9 @@ class AgentService:
         ended = await asyncio.to_thread(self._store.work.ended, request.keeps[:MAX_KEPT_JOBS])
         lease = partial(self._store.work.lease, site, lease_seconds=self._lease_seconds, holding=holding)
         while True:
-            grant = None if self._doorbell.closed else await asyncio.to_thread(lease)
+            grant = None
+            if not self._doorbell.closed and await self._board.has_work(site):
+                grant = await asyncio.to_thread(lease)
             if grant is not None:
                 self._wake_controller()
                 return pb.LeaseTaskResponse(task=self._task(grant), ended=ended)
@@ -129,6 +132,10 @@ class AgentService:
             encoded=encoded,
             initial=grant.initial_digest,
             base_files=views.file_refs(grant.base_files),
+            members=[
+                pb.Member(blob=BlobRef(digest=part.digest, size=part.size), weight=part.weight)
+                for part in grant.members
+            ],
         )
 
     async def heartbeat(self, request: pb.HeartbeatRequest, caller: Caller) -> pb.HeartbeatResponse:

@@ -1,8 +1,13 @@
-"""Wakes long polls. A ring is only a hint: whoever waits also looks for himself every second."""
+"""Wakes long polls, and looks once for all of them.
+
+A ring is only a hint: whoever waits also looks every second. Each ring wakes every site that waits, and every site's
+finished task rings; so that a round does not cost the square of its sites, they share one look at the database.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 
 class Doorbell:
@@ -28,3 +33,25 @@ class Doorbell:
             await asyncio.wait_for(self._rung.wait(), seconds)
         except TimeoutError:
             return
+
+
+class Board:
+    """Which sites have work. `look` reads it, in a thread."""
+
+    def __init__(self, look: Callable[[], frozenset[str]]) -> None:
+        self._look = look
+        self._turn = asyncio.Lock()
+        self._next: asyncio.Task[frozenset[str]] | None = None
+
+    async def has_work(self, site: str) -> bool:
+        """From a look that began after this call did. What `look` raises is raised to all who share it."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._look_in_turn())
+        # One who is cancelled does not take the look away from the others.
+        return site in await asyncio.shield(self._next)
+
+    async def _look_in_turn(self) -> frozenset[str]:
+        async with self._turn:
+            # Whoever asks from here on needs a later look.
+            self._next = None
+            return await asyncio.to_thread(self._look)

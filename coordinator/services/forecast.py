@@ -12,6 +12,7 @@ from typing import Any
 from coordinator.plan import Plan, plan, sites_of
 from coordinator.services import views
 from coordinator.storage.sites import SiteRow
+from coordinator.traffic import at_house
 from protos.identity import Role
 from protos.jobspec import JobSpec
 
@@ -30,6 +31,8 @@ def estimates(spec: JobSpec, *, sites: Sequence[SiteRow]) -> list[str]:
     )
     if book.evaluation_bytes:
         said.append(f"About {_size(book.evaluation_bytes)} down besides, for evaluations.")
+    if book.distillation_bytes:
+        said.append(f"About {_size(book.distillation_bytes)} to and from the house agent besides, for distillations.")
     return [*said, f"About {_size(_disk_bytes(spec, sites))} on the coordinator's disk."]
 
 
@@ -72,14 +75,25 @@ def _lacks(spec: JobSpec, site: SiteRow, *, is_served: bool) -> list[str]:
     return said
 
 
+def _lacks_for_distilling(spec: JobSpec, site: SiteRow, *, data_sets: set[str]) -> list[str]:
+    said, teacher = [], spec.distillation and spec.distillation.teacher
+    if spec.proxy_data and spec.proxy_data not in {spec.data and spec.data.name, *data_sets}:
+        said.append(f"{site.name} has no data set named {spec.proxy_data!r} to distil on.")
+    if teacher and teacher.name not in {model.get("name") for model in _reported(site, "base_models")}:
+        said.append(f"{site.name} does not have the teacher {teacher.name!r} (`silotune-agent model add`).")
+    return said
+
+
 def _house_warnings(
     spec: JobSpec, sites: Sequence[SiteRow], *, now_unix_seconds: float, is_served: bool
 ) -> list[str]:  # fmt: skip
     wanted = "house" in spec.evaluation.where
-    if not wanted and not spec.evaluation.test:
+    if not at_house(spec):
         return []
     house = [site for site in sites if site.role is Role.HOUSE and site.state == "ENROLLED"]
     if not house:
+        if not wanted and not spec.evaluation.test:
+            return []  # That nobody distils is among the plan's refusals.
         return ["The recipe evaluates at the house agent, but none is enrolled (`silotune site invite NAME --house`)."]
     said = []
     for site in house:
@@ -88,6 +102,7 @@ def _house_warnings(
         else:
             said += _lacks(spec, site, is_served=is_served)
             there = {data["name"] for data in _reported(site, "data_sets")}
+            said += _lacks_for_distilling(spec, site, data_sets=there)
             missing = [name for name in spec.evaluation.benchmarks if wanted and name not in there]
             said += [f"{site.name} has no data set named {name!r}: it is not measured there." for name in missing]
     return said
@@ -113,12 +128,13 @@ def _plan(spec: JobSpec, sites: Sequence[SiteRow]) -> Plan:
 
 
 def _disk_bytes(spec: JobSpec, sites: Sequence[SiteRow]) -> int:
-    """Every version is kept, and the updates of one round. 0: not known."""
+    """Every version is kept, with its encoded form beside it, and the updates of one round. 0: not known."""
     book = _plan(spec, sites).ledger
     if book is None:
         return 0
     versions = (spec.rounds + 1) * (book.first_version_bytes + book.last_version_bytes) // 2
-    return versions + len(book.cohorts[0]) * book.first_version_bytes
+    encoded = spec.rounds * book.encoded_version_bytes
+    return versions + encoded + len(book.cohorts[0]) * book.first_version_bytes
 
 
 def _models(spec: JobSpec, site: SiteRow) -> list[dict[str, Any]]:

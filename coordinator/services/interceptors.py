@@ -64,6 +64,7 @@ ACCESS: dict[str, frozenset[Role]] = {
     "/silotune.v1.OperatorService/GetModel": _OPERATOR,
     "/silotune.v1.OperatorService/AddBaseModel": _OPERATOR,
     "/silotune.v1.OperatorService/ListBaseModels": _OPERATOR,
+    "/silotune.v1.OperatorService/RemoveBaseModel": _OPERATOR,
     "/silotune.v1.OperatorService/InviteSite": _OPERATOR,
     "/silotune.v1.OperatorService/ListSites": _OPERATOR,
     "/silotune.v1.OperatorService/RevokeSite": _OPERATOR,

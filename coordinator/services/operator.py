@@ -186,6 +186,11 @@ class OperatorService:
         rows = await asyncio.to_thread(self._store.base_models.all)
         return pb.ListBaseModelsResponse(models=[views.base_model(row) for row in rows])
 
+    async def remove_base_model(self, request: pb.RemoveBaseModelRequest, caller: Caller) -> pb.RemoveBaseModelResponse:
+        await asyncio.to_thread(self._store.base_models.remove, request.name)
+        _log.info("a base model was removed", model=request.name, operator=caller.identity.name)
+        return pb.RemoveBaseModelResponse()
+
     # --- sites
 
     async def invite_site(self, request: pb.InviteSiteRequest, caller: Caller) -> pb.InviteSiteResponse:

@@ -92,10 +92,14 @@ def _check_kind(succeeded: agent_pb2.Succeeded, result: Result, *, task: Task, s
     if not result.digest:
         raise InvalidInput("The result has no manifest.")
     spec = store.views.job(task.job_id).spec
-    up = "raw" if task.kind is TaskKind.INIT else spec.encoding.up
+    up = spec.encoding.up if task.kind is TaskKind.TRAIN else "raw"
     _check_encoding(manifest, encoding=up, block=block_of(up, spec.encoding.block))
     if task.kind is TaskKind.INIT:
         _check_base_model(result, wanted=spec.base_model)
+        return
+    if task.kind is TaskKind.DISTILL:
+        if result.files:
+            raise InvalidInput("Only version 0 comes with files.")
         return
     if manifest.base_version != task.version:
         raise UpdateRejected(
@@ -105,6 +109,9 @@ def _check_kind(succeeded: agent_pb2.Succeeded, result: Result, *, task: Task, s
         raise UpdateRejected("The update was trained on no rows, so it has no weight.")
     if result.steps < 1:
         raise UpdateRejected("The update was trained for no step, so it has no weight.")
+    most = spec.local.step_count(result.examples)
+    if spec.aggregation.rule == "fednova" and (result.steps > most or spec.local.steps not in (None, result.steps)):
+        raise UpdateRejected(f"The report claims {result.steps} steps; {result.examples} examples make {most}.")
     if spec.data is not None:
         _check_examples(result, site=task.site, data_set=spec.data.name, store=store)
 
@@ -160,18 +167,25 @@ def _check_tensors(path: Path, task: Task, *, store: Store, blobs: BlobStore) ->
     if task.kind is TaskKind.INIT:
         check_update(path, expected=None)
         return
-    version = store.views.model(task.job_id, version=task.version)
+    if task.kind is TaskKind.DISTILL:
+        digest, size = store.views.aggregate(task.job_id, round_number=task.round)
+    else:
+        version = store.views.model(task.job_id, version=task.version)
+        digest, size = version.digest, version.size
     spec = store.views.job(task.job_id).spec
     try:
-        first = blobs.read(version.digest, offset=0, length=8)
-        header = first + blobs.read(version.digest, offset=8, length=header_length(first) - 8)
-        _check_update(path, task, spec=spec, version=parse_header(header, file_bytes=version.size))
+        first = blobs.read(digest, offset=0, length=8)
+        header = first + blobs.read(digest, offset=8, length=header_length(first) - 8)
+        _check_update(path, task, spec=spec, version=parse_header(header, file_bytes=size))
     except UpdateRejected:
         # Finished training is not thrown away for bytes that nobody compared with the version's digest.
-        with blobs.local(version.digest) as whole:
+        with blobs.local(digest) as whole:
             _check_update(path, task, spec=spec, version=read_layout(whole))
 
 
 def _check_update(path: Path, task: Task, *, spec: JobSpec, version: Layout) -> None:
+    if task.kind is TaskKind.DISTILL:
+        check_update(path, expected=version.named)
+        return
     expected = update_tensors(spec, version, round_number=task.round, site=task.site)
     check_update(path, expected=expected, encoding=spec.encoding.up, block=spec.encoding.block)

@@ -44,6 +44,7 @@ def round_(record: RoundRecord) -> pb.RoundView:
         updates=[update(one) for one in record.updates],
         attempt=record.attempt,
         metrics=record.metrics,
+        undistilled=record.undistilled,
     )
 
 

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select, update
 
-from coordinator.rounds.state import TaskState
+from coordinator.rounds.state import JobState, TaskState
 from coordinator.storage import schema
 from coordinator.storage.database import Database
 from protos import jobspec
 from protos.digests import base_model_digest
-from protos.errors import AlreadyExists
+from protos.errors import AlreadyExists, Conflict, NotFound
 
 File = tuple[str, str, int]  # name, digest, size
 
 _LIVE = (TaskState.LEASED.value, TaskState.RUNNING.value)
+_FINAL = tuple(state.value for state in JobState if state.final)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,26 @@ class BaseModels:
             elif complete is not None:
                 connection.execute(update(models).where(models.c.name == name).values(complete=complete))
         return digest
+
+    def remove(self, name: str) -> None:
+        """Its blobs are garbage from now on, unless something else names them.
+
+        NotFound; Conflict: a job that is under way relies on it.
+        """
+        jobs, models = schema.jobs, schema.base_models
+        with self._database.write() as connection:
+            if not _rows(connection, name=name):
+                raise NotFound(
+                    f"No base model named {name[:80]!r} is served.", hint="`silotune model list` shows what is."
+                )
+            for row in connection.execute(select(jobs.c.id, jobs.c.spec).where(jobs.c.state.not_in(_FINAL))):
+                base = jobspec.from_json(row.spec).base_model
+                if base is not None and base.name == name:
+                    raise Conflict(
+                        f"Job {row.id} relies on the base model {name}.",
+                        hint="Let the job end, or cancel it, before.",
+                    )
+            connection.execute(models.delete().where(models.c.name == name))
 
     def all(self) -> list[BaseModelRow]:
         with self._database.read() as connection:

@@ -63,6 +63,9 @@ def carry_out(
         _round(connection, job, number, phase=s.Phase.AGGREGATING.value)
         _stamp(connection, job, number, aggregating_at=now)
         _command(connection, job, number, effect)
+    elif isinstance(effect, s.Distill):
+        _round(connection, job, number, phase=s.Phase.DISTILLING.value, deadline_at=effect.deadline_at)
+        _stamp(connection, job, number, distilling_at=now)
     elif isinstance(effect, s.Commit):
         _commit(connection, job, number, effect, now_unix_seconds)
     elif isinstance(effect, s.FailRound):
@@ -183,11 +186,16 @@ def _command(connection: Connection, job: s.Job, number: int | None, effect: s.A
 def _commit(connection: Connection, job: s.Job, number: int | None, effect: s.Commit, now_unix_seconds: float) -> None:
     commands = schema.commands
     # How it is encoded is nothing that a decision depends on, so it goes from row to row.
+    mine = and_(commands.c.job_id == job.id, commands.c.round == effect.version)
     made = connection.execute(
-        select(commands.c.encoded_digest, commands.c.encoded_size, commands.c.residual_digest).where(
-            commands.c.job_id == job.id, commands.c.round == effect.version
-        )
+        select(commands.c.encoded_digest, commands.c.encoded_size, commands.c.residual_digest).where(mine)
     ).first()
+    aggregate = connection.execute(select(commands.c.digest, commands.c.size).where(mine)).first()
+    if aggregate is not None and aggregate.digest not in ("", effect.digest):
+        # What was distilled is needed no more; as an upload that is settled it goes with the next sweep.
+        uploads = schema.uploads
+        connection.execute(uploads.delete().where(uploads.c.owner == "", uploads.c.digest == aggregate.digest))
+        connection.execute(insert(uploads).values(owner="", recorded=True, **aggregate._asdict()))
     connection.execute(
         insert(schema.versions).values(
             **(made._asdict() if made else {}),
@@ -201,7 +209,10 @@ def _commit(connection: Connection, job: s.Job, number: int | None, effect: s.Co
             unjudged=effect.measured,
         )
     )
-    _round(connection, job, number, phase=s.Phase.COMMITTED.value, ended_at=job.service_seconds)
+    _round(
+        connection, job, number,
+        phase=s.Phase.COMMITTED.value, ended_at=job.service_seconds, undistilled=effect.undistilled,
+    )  # fmt: skip
     values: dict[str, Any] = {"head_version": effect.version}
     if effect.version == 0:
         tasks = schema.tasks

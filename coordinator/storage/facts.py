@@ -37,7 +37,6 @@ def facts_of(connection: Connection, job: Row[Any], now_unix_seconds: float) -> 
         return s.Facts(sites=sites)
     current = s.Round(row.number, row.attempt, s.Phase(row.phase), tuple(row.cohort), row.opened_at, row.deadline_at)
     task_rows = _tasks(connection, job, row.number)
-    made = next((r for r in task_rows if r.kind == s.TaskKind.INIT.value and r.result.get("digest")), None)
     command = connection.execute(
         select(schema.commands).where(schema.commands.c.job_id == job.id, schema.commands.c.round == row.number)
     ).first()
@@ -76,8 +75,15 @@ def facts_of(connection: Connection, job: Row[Any], now_unix_seconds: float) -> 
                 select(schema.standings).where(schema.standings.c.job_id == job.id, schema.standings.c.set_aside)
             )
         },
-        initial=s.Contribution(made.site, made.result["digest"], made.result["size"], 1.0) if made else None,
+        initial=_made(task_rows, s.TaskKind.INIT),
+        distilled=_made(task_rows, s.TaskKind.DISTILL),
     )
+
+
+def _made(rows: Collection[Row[Any]], kind: s.TaskKind) -> s.Contribution | None:
+    """The sealed version that a task of this kind has handed in."""
+    row = next((row for row in rows if row.kind == kind.value and row.result.get("digest")), None)
+    return s.Contribution(row.site, row.result["digest"], row.result["size"], 1.0) if row else None
 
 
 def _tasks(connection: Connection, job: Row[Any], number: int) -> list[Row[Any]]:
@@ -116,4 +122,5 @@ def _command(row: Row[Any]) -> s.Command:
         optimizer_digest=row.optimizer_digest,
         error=row.error,
         corrupt_site=row.corrupt_site,
+        metrics=row.metrics or {},
     )

@@ -39,6 +39,8 @@ BATCH_BLOBS = 10
 
 Item = TypeVar("Item")
 
+# Tasks that hand in a whole version.
+_MAKING = (s.TaskKind.INIT.value, s.TaskKind.DISTILL.value)
 # A job that failed may be resumed, and its failed round keeps what was accepted.
 _FINAL = tuple(state.value for state in s.JobState if state.final)
 
@@ -184,7 +186,7 @@ def _rounds_in_progress(connection: Connection) -> list[tuple[str, int]]:
 
 
 def in_progress(connection: Connection) -> set[str]:
-    """Blobs that a round in progress has: its updates, what was aggregated of them, a version 0 before its commit."""
+    """Blobs that a round in progress has: its updates, what was aggregated of them, a version before its commit."""
     updates, commands, tasks = schema.updates, schema.commands, schema.tasks
     found: set[str] = set()
     for job_id, number in _rounds_in_progress(connection):
@@ -196,9 +198,10 @@ def in_progress(connection: Connection) -> set[str]:
         ):
             for row in connection.execute(question):
                 found |= set(row)
-        if number == 0:
-            made = select(tasks.c.result).where(tasks.c.job_id == job_id, tasks.c.round == 0)
-            found |= {result.get("digest", "") for result in connection.execute(made).scalars()}
+        made = select(tasks.c.result).where(
+            tasks.c.job_id == job_id, tasks.c.round == number, tasks.c.kind.in_(_MAKING)
+        )
+        found |= {result.get("digest", "") for result in connection.execute(made).scalars()}
     return found - {""}
 
 

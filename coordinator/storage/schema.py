@@ -91,8 +91,11 @@ rounds = Table(
     Column("deadline_at", Float, nullable=False),
     Column("collecting_at", Float),
     Column("aggregating_at", Float),
+    Column("distilling_at", Float),
     Column("ended_at", Float),
     Column("sentence", Text, nullable=False, default=""),
+    # Why the aggregate became the version as it is, where the recipe asks for a distillation.
+    Column("undistilled", Text, nullable=False, default="", server_default=""),
 )
 
 tasks = Table(
@@ -115,7 +118,7 @@ tasks = Table(
     Column("reason", Text, nullable=False, default=""),
     Column("bytes_up", BigInteger, nullable=False, default=0),
     Column("bytes_down", BigInteger, nullable=False, default=0),
-    # INIT: digest, size, files and base digest of version 0.
+    # INIT: digest, size and base digest of version 0. DISTILL: digest, size and metrics of the version.
     Column("result", JSON, nullable=False, default=dict),
     Index("ix_tasks_site_state", "site", "state"),
     Index("ix_tasks_job_round", "job_id", "round"),

@@ -10,10 +10,13 @@ from sqlalchemy import and_, insert, select, update
 from coordinator.rounds.state import TaskKind, TaskState
 from coordinator.storage import base_models, schema
 from coordinator.storage.database import Database
+from coordinator.storage.grants import readable_for_distilling
 from protos.errors import Unavailable
 from protos.identity import Identity, Role
 from protos.tensors import MAX_HEADER_BYTES
 
+# Tasks that start from a committed version.
+_FROM_VERSION = (TaskKind.TRAIN.value, TaskKind.EVALUATE.value)
 _LIVE = (TaskState.LEASED.value, TaskState.RUNNING.value)
 
 
@@ -66,22 +69,24 @@ class Uploads:
                     select(size.label("size"), tasks.c.id)
                     .join(tasks, and_(tasks.c.job_id == versions.c.job_id, tasks.c.version == versions.c.version))
                     .where(name == digest, tasks.c.site == identity.name)
-                    .where(tasks.c.state.in_(_LIVE), tasks.c.kind != TaskKind.INIT.value)
+                    .where(tasks.c.state.in_(_LIVE), tasks.c.kind.in_(_FROM_VERSION))
                 ).first()
                 if row is not None:
                     return Readable(row.size, row.id)
-            found = base_models.readable(connection, site=identity.name, digest=digest)
+            found = base_models.readable(connection, site=identity.name, digest=digest) or readable_for_distilling(
+                connection, site=identity.name, digest=digest
+            )
             return None if found is None else Readable(*found)
 
     def size_limit(self, task_id: str) -> int | None:
-        """The most bytes that the update of a TRAIN task may have: those of the version that it started from, with a
-        header of its own. None for other tasks."""
+        """The most bytes that the result of a TRAIN or DISTILL task may have: those of the version that its round began
+        with, with a header of its own. None for other tasks."""
         tasks, versions = schema.tasks, schema.versions
         with self._database.read() as connection:
             size = connection.execute(
                 select(versions.c.size)
                 .join(tasks, and_(tasks.c.job_id == versions.c.job_id, tasks.c.version == versions.c.version))
-                .where(tasks.c.id == task_id, tasks.c.kind == TaskKind.TRAIN.value)
+                .where(tasks.c.id == task_id, tasks.c.kind.in_((TaskKind.TRAIN.value, TaskKind.DISTILL.value)))
             ).scalar()
         return None if size is None else size + MAX_HEADER_BYTES
 

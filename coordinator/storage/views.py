@@ -52,13 +52,15 @@ class RoundRecord:
     phase: s.Phase
     sentence: str
     cohort: tuple[str, ...]
-    # selecting, collecting, aggregating, total; and the aggregation worker's own read, combine, write.
+    # selecting, collecting, aggregating, distilling, total; and the aggregation worker's own read, combine, write.
     seconds: Mapping[str, float]
     # Payload of the round's tasks, the evaluation of the version that it made included.
     bytes_up: int
     bytes_down: int
-    # What the aggregation measured of itself, such as "aggregation_error".
+    # What the aggregation measured of itself, such as "aggregation_error", and what the distillation did.
     metrics: Mapping[str, float] = field(default_factory=dict)
+    # Why the aggregate became the version without the distillation that the recipe asks for; else empty.
+    undistilled: str = ""
     updates: tuple[UpdateRecord, ...] = field(default=())
 
 
@@ -145,6 +147,14 @@ class Views:
                     )
                 )
             }
+            distilled = {
+                row.round: row.result.get("metrics", {})
+                for row in connection.execute(
+                    select(tasks.c.round, tasks.c.result)
+                    .where(tasks.c.job_id == job_id, tasks.c.round.between(*numbers))
+                    .where(tasks.c.kind == s.TaskKind.DISTILL.value, tasks.c.state == s.TaskState.SUCCEEDED.value)
+                )
+            }
         records = []
         for row in reversed(rows):
             up, down = traffic.get(row.number, (0, 0))
@@ -159,7 +169,8 @@ class Views:
                     seconds=_durations(row, made.seconds if made else {}),
                     bytes_up=up,
                     bytes_down=down,
-                    metrics=(made.metrics if made else None) or {},
+                    metrics={**((made.metrics if made else None) or {}), **distilled.get(row.number, {})},
+                    undistilled=row.undistilled,
                     updates=tuple(by_round.get(row.number, ())),
                 )
             )
@@ -238,6 +249,14 @@ class Views:
             files=tuple((part.name, part.digest, part.size) for part in parts),
         )
 
+    def aggregate(self, job_id: str, *, round_number: int) -> tuple[str, int]:
+        """Digest and size of what a round has aggregated."""
+        commands = schema.commands
+        mine = (commands.c.job_id == job_id, commands.c.round == round_number)
+        with self._database.read() as connection:
+            digest, size = connection.execute(select(commands.c.digest, commands.c.size).where(*mine)).one()
+        return digest, size
+
     def _job(self, row: Any) -> JobRecord:
         spec = jobspec.from_json(row.spec)
         rounds = schema.rounds
@@ -293,7 +312,8 @@ def _durations(row: Any, worker: Mapping[str, float]) -> dict[str, float]:
     marks = [
         ("selecting", row.opened_at, row.collecting_at),
         ("collecting", row.collecting_at, row.aggregating_at if row.aggregating_at is not None else row.ended_at),
-        ("aggregating", row.aggregating_at, row.ended_at),
+        ("aggregating", row.aggregating_at, row.distilling_at if row.distilling_at is not None else row.ended_at),
+        ("distilling", row.distilling_at, row.ended_at),
         ("total", row.opened_at, row.ended_at),
     ]
     found = {name: max(0.0, end - start) for name, start, end in marks if start is not None and end is not None}

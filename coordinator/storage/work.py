@@ -54,6 +54,18 @@ class Work:
 
     # --- tasks
 
+    def sites_with_work(self) -> frozenset[str]:
+        """Sites that have a task which is not over, of a job that runs."""
+        tasks, jobs = schema.tasks, schema.jobs
+        found = (
+            select(tasks.c.site)
+            .join(jobs, jobs.c.id == tasks.c.job_id)
+            .where(schema.OPEN, jobs.c.state == JobState.RUNNING.value)
+            .distinct()
+        )
+        with self._database.read() as connection:
+            return frozenset(connection.execute(found).scalars())
+
     def lease(self, site: str, *, lease_seconds: float, holding: Collection[str] = ()) -> Grant | None:
         """The next task of this site, leased; None when there is none.
 
@@ -68,7 +80,7 @@ class Work:
             .order_by(_PRIORITY, jobs.c.created_unix_seconds, tasks.c.queued_at, tasks.c.id)
             .limit(1)
         )
-        # Every waiting agent looks each second: without work that must not cost the write lock.
+        # An agent that works and waits for more looks each second: that must not cost the write lock.
         with self._database.read() as connection:
             if connection.execute(next_task).first() is None:
                 return None
@@ -204,6 +216,8 @@ class Work:
             values["failures"] = failures
         if result is not None and task.kind is TaskKind.INIT:
             values["result"] = {"digest": result.digest, "size": result.size, "base_digest": result.base_digest}
+        if result is not None and task.kind is TaskKind.DISTILL:
+            values["result"] = {"digest": result.digest, "size": result.size, "metrics": dict(result.metrics)}
         done = connection.execute(
             update(schema.tasks)
             .where(schema.tasks.c.id == task.id, schema.tasks.c.generation == task.generation)
@@ -288,8 +302,8 @@ def _recorded(connection: Connection, row: Row[Any], result: Result) -> tuple[Fa
         return Fate(found.fate), found.reason
     if row.state != TaskState.SUCCEEDED.value:
         return None
-    if row.kind == TaskKind.INIT.value and row.result.get("digest") != result.digest:
-        raise AlreadyExists("Another version 0 of this site is recorded already.")
+    if row.kind != TaskKind.EVALUATE.value and row.result.get("digest") != result.digest:
+        raise AlreadyExists("Another version of this site is recorded already.")
     return Fate.ACCEPTED, ""
 
 
@@ -310,6 +324,8 @@ def _record(connection: Connection, task: Task, result: Result) -> tuple[Fate, s
         connection.execute(schema.files.delete().where(schema.files.c.job_id == task.job_id))
         for name, digest, size in result.files:
             connection.execute(insert(schema.files).values(job_id=task.job_id, name=name, digest=digest, size=size))
+        _note_recorded(connection, task, result)
+    elif task.kind is TaskKind.DISTILL:
         _note_recorded(connection, task, result)
     else:
         collecting = connection.execute(

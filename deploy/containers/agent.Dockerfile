@@ -12,10 +12,11 @@ ARG BASE_IMAGE=python:3.11-slim
 
 FROM ${BASE_IMAGE} AS build
 ARG PIP_EXTRA_INDEX_URL=
+ARG EXTRAS=agent
 WORKDIR /build
 COPY . .
 RUN python -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir --no-compile -c constraints.txt '.[agent]'
+    && /venv/bin/pip install --no-cache-dir --no-compile -c constraints.txt ".[${EXTRAS}]"
 
 FROM ${BASE_IMAGE}
 RUN groupadd --gid 10001 silotune \

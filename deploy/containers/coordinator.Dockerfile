@@ -6,10 +6,11 @@
 ARG BASE_IMAGE=python:3.11-slim
 
 FROM ${BASE_IMAGE} AS build
+ARG EXTRAS=coordinator
 WORKDIR /build
 COPY . .
 RUN python -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir --no-compile -c constraints.txt '.[coordinator]'
+    && /venv/bin/pip install --no-cache-dir --no-compile -c constraints.txt ".[${EXTRAS}]"
 
 FROM ${BASE_IMAGE}
 RUN groupadd --gid 10001 silotune \

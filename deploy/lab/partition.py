@@ -29,16 +29,19 @@ class Partition(Part):
     dirichlet   the shares of the values of column `by` (Hsu, Qi and Brown 2019, arXiv:1909.06335): the smaller `alpha`,
                 the fewer values a site has
     quantity    the number of rows: shares drawn from a Dirichlet distribution
+    shards      the values of column `by` that a site has: rows sorted by it are cut into `shards` pieces a site, which
+                are dealt out (McMahan et al. 2017, arXiv:1602.05629)
     groups      natural groups: a site for each value of column `by`, or as many of the largest as there are sites
     """
 
-    kind: Literal["uniform", "dirichlet", "quantity", "groups"] = "uniform"
+    kind: Literal["uniform", "dirichlet", "quantity", "shards", "groups"] = "uniform"
     by: str = ""
     alpha: Annotated[float, Field(gt=0)] = 0.5
+    shards: Annotated[int, Field(ge=1)] = 2
 
     @model_validator(mode="after")
     def _column(self) -> Partition:
-        if self.kind in ("dirichlet", "groups") and not self.by:
+        if self.kind in ("dirichlet", "groups", "shards") and not self.by:
             raise ValueError(f"kind = {self.kind!r} needs `by`, the column that it goes by")
         return self
 
@@ -62,6 +65,8 @@ def split(rows: Sequence[Row], *, partition: Partition, sites: int, seed: int) -
 
 def _drawn(rows: Sequence[Row], *, partition: Partition, sites: int, draw: np.random.Generator) -> list[list[int]]:
     """The numbers of the rows of each site."""
+    if partition.kind == "shards":
+        return _sharded(rows, partition=partition, sites=sites, draw=draw)
     pools = _groups(rows, by=partition.by) if partition.kind == "dirichlet" else {"": list(range(len(rows)))}
     for _ in range(DRAWS):
         numbers: list[list[int]] = [[] for _ in range(sites)]
@@ -77,6 +82,19 @@ def _drawn(rows: Sequence[Row], *, partition: Partition, sites: int, draw: np.ra
     raise InvalidInput(
         f"No draw of {DRAWS} gave each of {sites} sites {FEWEST_ROWS} rows.", hint="Take a larger alpha or fewer sites."
     )
+
+
+def _sharded(rows: Sequence[Row], *, partition: Partition, sites: int, draw: np.random.Generator) -> list[list[int]]:
+    pools = _groups(rows, by=partition.by)
+    by_value = [int(row) for name in sorted(pools) for row in draw.permutation(pools[name])]
+    pieces = np.array_split(by_value, sites * partition.shards)
+    dealt = draw.permutation(len(pieces)).reshape(sites, partition.shards)
+    numbers = [[int(row) for piece in own for row in pieces[piece]] for own in dealt]
+    if min(map(len, numbers)) < FEWEST_ROWS:
+        raise InvalidInput(
+            f"{len(rows)} rows are too few for {len(pieces)} shards.", hint="Take fewer shards or sites."
+        )
+    return numbers
 
 
 def _groups(rows: Sequence[Row], *, by: str) -> dict[str, list[int]]:

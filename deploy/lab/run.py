@@ -11,7 +11,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +23,24 @@ from coordinator.client import OperatorClient, facts, load_profile
 from coordinator.watch import ENDED
 from deploy.lab import tied
 from deploy.lab.experiment import Experiment
+from deploy.lab.models import directory_of
 from deploy.lab.place import HOUSE, place
 from deploy.local import COORDINATOR, LocalFederation, free_ports
+from deploy.versions import versions
 from protos import jobspec
 from protos.errors import Conflict, InvalidInput
 from protos.jobspec import JobSpec
 from protos.v1 import operator_pb2
 from protos.v1.operator_pb2 import GetJobResponse
 
-PLAN, METRICS, READY, MODEL = "lab.json", "metrics.json", "ready.json", "model"
+PLAN, METRICS, READY = "lab.json", "metrics.json", "ready.json"
+MODEL, TEACHERS = "model", "teachers"
 AGENTS = "agents"
 # A second submission with it is answered with the first job.
 SUBMIT_TOKEN = "lab"
 MOST_ROUNDS = 1000
 POLL_SECONDS = 0.5
 DEAD_SECONDS = 30.0
-MODEL_SECONDS = 24 * 3600.0
 
 Say = Callable[[str], None]
 
@@ -61,10 +63,11 @@ class Plan:
         }
 
 
-def run(plan: Plan, *, out: Path, say: Say) -> dict[str, Any]:
+def run(plan: Plan, *, out: Path, say: Say, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Begins the experiment in `out`, or goes on with it; what came of it, as in metrics.json. The job may have failed.
 
-    Conflict: a run goes on in `out`, or another experiment lies there. CommandFailed: a process of it ended.
+    `check` is called twice a second, and may raise to end it. Conflict: a run goes on in `out`, or another
+    experiment lies there. CommandFailed: a process of it ended.
     """
     with _claimed(out, plan):
         have = read_json(out / METRICS)
@@ -72,7 +75,7 @@ def run(plan: Plan, *, out: Path, say: Say) -> dict[str, Any]:
             say("This experiment is done already.")
             return read_metrics(out)
         _wait_for_the_dead(out)
-        model = _model(plan, out=out, say=say)
+        models = _models(plan, out=out, say=say)
         with LocalFederation(out, wrap=lambda name, command: tied.argv(command)) as federation:
             if not (out / READY).exists():
                 # A set-up that was cut off is done anew; it takes seconds.
@@ -85,7 +88,7 @@ def run(plan: Plan, *, out: Path, say: Say) -> dict[str, Any]:
                     say(f"Enrolling {plan.experiment.sites} sites.")
                     rows = place(
                         out / AGENTS, experiment=plan.experiment, spec=plan.spec, seed=plan.spec.seed,
-                        threads=plan.threads, model=model, client=client, coordinator=federation.address,
+                        threads=plan.threads, models=models, client=client, coordinator=federation.address,
                     )  # fmt: skip
                     write_json(out / READY, {"rows": rows})
                 address = f"127.0.0.1:{free_ports(1)[0]}"
@@ -93,7 +96,7 @@ def run(plan: Plan, *, out: Path, say: Say) -> dict[str, Any]:
                 request = operator_pb2.SubmitJobRequest(spec_json=plan.spec.canonical_json, submit_token=SUBMIT_TOKEN)
                 job = client.ask("SubmitJob", request, timeout_seconds=60).job_id
                 _resume(client, job=job)
-                return _follow(client, job=job, out=out, check=federation.check_alive, say=say)
+                return _follow(client, job=job, out=out, checks=(federation.check_alive, check), say=say)
 
 
 def read_metrics(out: Path) -> dict[str, Any]:
@@ -133,23 +136,15 @@ def _wait_for_the_dead(out: Path) -> None:
         time.sleep(0.1)
 
 
-def _model(plan: Plan, *, out: Path, say: Say) -> Path | None:
-    """The base model's directory, made once where it is to be made."""
-    wanted = plan.experiment.model
-    if wanted is None:
-        return None
-    if wanted.make is None:
-        return Path(str(wanted.path))
-    if not (out / MODEL).exists():
-        say("Making the base model.")
-        unfinished = out / f"{MODEL}.new"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        sizes = {**wanted.make.model_dump(exclude_none=True), "threads": plan.threads}
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-        words = ["python", "-m", "deploy.lab.make_llama", str(unfinished), *options]
-        LocalFederation(out).run(*words, timeout_seconds=MODEL_SECONDS)
-        unfinished.rename(out / MODEL)
-    return out / MODEL
+def _models(plan: Plan, *, out: Path, say: Say) -> dict[str, Path]:
+    """Directories of the base models by the names that the recipe calls them."""
+    found = {}
+    named = plan.spec.base_model
+    if plan.experiment.model is not None and named is not None:
+        found[named.name] = directory_of(plan.experiment.model, made=out / MODEL, threads=plan.threads, say=say)
+    for name, model in plan.experiment.teachers.items():
+        found[name] = directory_of(model, made=out / TEACHERS / name, threads=plan.threads, say=say)
+    return found
 
 
 def _resume(client: OperatorClient, *, job: str) -> None:
@@ -160,11 +155,19 @@ def _resume(client: OperatorClient, *, job: str) -> None:
             client.ask("ControlJob", operator_pb2.ControlJobRequest(job=job, action=action))
 
 
-def _follow(client: OperatorClient, *, job: str, out: Path, check: Callable[[], None], say: Say) -> dict[str, Any]:
+def _follow(
+    client: OperatorClient, *, job: str, out: Path, checks: Sequence[Callable[[], None]], say: Say
+) -> dict[str, Any]:
     """Writes the metrics and says what is new, until the job has ended."""
-    said_rounds, said_versions, sentence = 0, -1, ""
+    said_rounds, said_versions, sentence, known = 0, -1, "", None
     while True:
-        check()
+        for check in checks:
+            check()
+        seen = _glance(client, job=job)
+        if seen == known:
+            time.sleep(POLL_SECONDS)
+            continue
+        known = seen
         request = operator_pb2.GetJobRequest(job=job, last_rounds=MOST_ROUNDS)
         state: GetJobResponse = client.ask("GetJob", request)
         metrics = _metrics(state, rows=read_json(out / READY)["rows"])
@@ -185,6 +188,14 @@ def _follow(client: OperatorClient, *, job: str, out: Path, check: Callable[[], 
         time.sleep(POLL_SECONDS)
 
 
+def _glance(client: OperatorClient, *, job: str) -> Any:
+    """What tells that something happened. The whole history of a job is megabytes, and would be most of the work."""
+    state: GetJobResponse = client.ask("GetJob", operator_pb2.GetJobRequest(job=job, last_rounds=1))
+    # Until the first round its sentence is worth saying.
+    sentence = "" if state.job.head_version else state.job.sentence
+    return state.job.state, state.job.head_version, len(state.evaluations), sentence
+
+
 def _metrics(state: GetJobResponse, *, rows: dict[str, int]) -> dict[str, Any]:
     """What a round is worth knowing of, committed rounds only; sizes in bytes, times in seconds."""
     shown = facts(state)
@@ -199,6 +210,7 @@ def _metrics(state: GetJobResponse, *, rows: dict[str, int]) -> dict[str, Any]:
         "initial": next((_round(entry, spec=spec) for entry in committed if not entry["number"]), None),
         "rounds": [_round(entry, spec=spec) for entry in committed if entry["number"]],
         "evaluations": shown["evaluations"],
+        "versions": versions(),
     }
 
 
@@ -213,5 +225,7 @@ def _round(entry: dict[str, Any], *, spec: JobSpec) -> dict[str, Any]:
         "seconds": entry["seconds"],
         "bytes_up": entry["bytes_up"],
         "bytes_down": entry["bytes_down"],
+        # What the aggregation measured of itself.
+        "metrics": entry["metrics"],
         "updates": counted,
     }

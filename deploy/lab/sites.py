@@ -2,7 +2,8 @@
 
 AGENTS holds a home for each site, enrolled and described as at a real one. Their daemons are the real ones, each with
 its own certificate, journal and cache, and speak with the coordinator over sockets of their own; but they share one
-trainer, whose base model stays loaded, and take turns on the device. So 32 sites need one model, not 32.
+trainer, whose base model stays loaded, and take turns on the device. So 32 sites need one model, not 32. Some may be
+there to attack the others: see attack.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import structlog
 
@@ -20,6 +22,9 @@ from client_agent.loop import Daemon
 from client_agent.main import Agent, compose, configure_logs, until_stopped
 from client_agent.observe import AgentMetrics, serve
 from client_agent.runner import Runner
+from client_agent.taskdir import read_json
+from deploy.lab import attack as attacks
+from deploy.lab.attack import Attack, Attacker
 
 # The base model is not to be loaded again, however long the coordinator is away.
 IDLE_SECONDS = 24 * 3600.0
@@ -61,7 +66,9 @@ async def _composed(homes: list[Home], *, runner: Runner) -> dict[str, Agent]:
     for home in homes:
         site = settings.load(home.site_file)
         rows = await asyncio.to_thread(facts.count_rows, home, site)
-        found[home.path.name] = compose(home, site, gpu=gpu, rows=rows, runner=runner, device=device)
+        attack = read_json(home.path / attacks.FILE)
+        own = Attacker(runner, Attack(**attack)) if attack else runner
+        found[home.path.name] = compose(home, site, gpu=gpu, rows=rows, runner=cast(Runner, own), device=device)
     return found
 
 

@@ -14,6 +14,7 @@ class TaskKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_KIND_INIT: _ClassVar[TaskKind]
     TASK_KIND_TRAIN: _ClassVar[TaskKind]
     TASK_KIND_EVALUATE: _ClassVar[TaskKind]
+    TASK_KIND_DISTILL: _ClassVar[TaskKind]
 
 class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -37,6 +38,7 @@ TASK_KIND_UNSPECIFIED: TaskKind
 TASK_KIND_INIT: TaskKind
 TASK_KIND_TRAIN: TaskKind
 TASK_KIND_EVALUATE: TaskKind
+TASK_KIND_DISTILL: TaskKind
 STAGE_UNSPECIFIED: Stage
 STAGE_APPROVING: Stage
 STAGE_FETCHING: Stage
@@ -162,7 +164,7 @@ class LeaseTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., sentence: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "job_id", "round", "kind", "spec_json", "spec_hash", "base_digest", "version", "model", "seed", "split", "generation", "lease_seconds", "counted_round", "encoded", "initial", "base_files")
+    __slots__ = ("id", "job_id", "round", "kind", "spec_json", "spec_hash", "base_digest", "version", "model", "seed", "split", "generation", "lease_seconds", "counted_round", "encoded", "initial", "base_files", "members")
     ID_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +182,7 @@ class Task(_message.Message):
     ENCODED_FIELD_NUMBER: _ClassVar[int]
     INITIAL_FIELD_NUMBER: _ClassVar[int]
     BASE_FILES_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
     id: str
     job_id: str
     round: int
@@ -197,7 +200,16 @@ class Task(_message.Message):
     encoded: _manifest_pb2.Manifest
     initial: str
     base_files: _containers.RepeatedCompositeFieldContainer[_manifest_pb2.FileRef]
-    def __init__(self, id: _Optional[str] = ..., job_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., spec_json: _Optional[str] = ..., spec_hash: _Optional[str] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ..., model: _Optional[_Union[_manifest_pb2.BlobRef, _Mapping]] = ..., seed: _Optional[int] = ..., split: _Optional[str] = ..., generation: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., counted_round: _Optional[int] = ..., encoded: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., initial: _Optional[str] = ..., base_files: _Optional[_Iterable[_Union[_manifest_pb2.FileRef, _Mapping]]] = ...) -> None: ...
+    members: _containers.RepeatedCompositeFieldContainer[Member]
+    def __init__(self, id: _Optional[str] = ..., job_id: _Optional[str] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., spec_json: _Optional[str] = ..., spec_hash: _Optional[str] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ..., model: _Optional[_Union[_manifest_pb2.BlobRef, _Mapping]] = ..., seed: _Optional[int] = ..., split: _Optional[str] = ..., generation: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., counted_round: _Optional[int] = ..., encoded: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., initial: _Optional[str] = ..., base_files: _Optional[_Iterable[_Union[_manifest_pb2.FileRef, _Mapping]]] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
+
+class Member(_message.Message):
+    __slots__ = ("blob", "weight")
+    BLOB_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    blob: _manifest_pb2.BlobRef
+    weight: float
+    def __init__(self, blob: _Optional[_Union[_manifest_pb2.BlobRef, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "done", "total", "unit", "metrics")

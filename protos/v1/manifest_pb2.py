@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/v1/manifest.proto\x12\x0bsilotune.v1\"\'\n\x07\x42lobRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\";\n\x07\x46ileRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x14.silotune.v1.BlobRef\"\x9d\x01\n\x08Manifest\x12\"\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x14.silotune.v1.BlobRef\x12\'\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x15.silotune.v1.Encoding\x12\x1f\n\x04\x66orm\x18\x03 \x01(\x0e\x32\x11.silotune.v1.Form\x12\x14\n\x0c\x62\x61se_version\x18\x04 \x01(\x04\x12\r\n\x05\x62lock\x18\x05 \x01(\r*o\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x11\n\rENCODING_BF16\x10\x02\x12\x11\n\rENCODING_INT8\x10\x03\x12\x11\n\rENCODING_INT4\x10\x04*=\n\x04\x46orm\x12\x14\n\x10\x46ORM_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x46ORM_VALUES\x10\x01\x12\x0e\n\nFORM_DELTA\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/v1/manifest.proto\x12\x0bsilotune.v1\"\'\n\x07\x42lobRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\";\n\x07\x46ileRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x14.silotune.v1.BlobRef\"\x9d\x01\n\x08Manifest\x12\"\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x14.silotune.v1.BlobRef\x12\'\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x15.silotune.v1.Encoding\x12\x1f\n\x04\x66orm\x18\x03 \x01(\x0e\x32\x11.silotune.v1.Form\x12\x14\n\x0c\x62\x61se_version\x18\x04 \x01(\x04\x12\r\n\x05\x62lock\x18\x05 \x01(\r*\x81\x01\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x11\n\rENCODING_BF16\x10\x02\x12\x11\n\rENCODING_INT8\x10\x03\x12\x11\n\rENCODING_INT4\x10\x04\x12\x10\n\x0c\x45NCODING_SVD\x10\x05*=\n\x04\x46orm\x12\x14\n\x10\x46ORM_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x46ORM_VALUES\x10\x01\x12\x0e\n\nFORM_DELTA\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.v1.manifest_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODING']._serialized_start=303
-  _globals['_ENCODING']._serialized_end=414
-  _globals['_FORM']._serialized_start=416
-  _globals['_FORM']._serialized_end=477
+  _globals['_ENCODING']._serialized_start=304
+  _globals['_ENCODING']._serialized_end=433
+  _globals['_FORM']._serialized_start=435
+  _globals['_FORM']._serialized_end=496
   _globals['_BLOBREF']._serialized_start=41
   _globals['_BLOBREF']._serialized_end=80
   _globals['_FILEREF']._serialized_start=82

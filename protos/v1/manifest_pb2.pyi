@@ -13,6 +13,7 @@ class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENCODING_BF16: _ClassVar[Encoding]
     ENCODING_INT8: _ClassVar[Encoding]
     ENCODING_INT4: _ClassVar[Encoding]
+    ENCODING_SVD: _ClassVar[Encoding]
 
 class Form(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -24,6 +25,7 @@ ENCODING_RAW: Encoding
 ENCODING_BF16: Encoding
 ENCODING_INT8: Encoding
 ENCODING_INT4: Encoding
+ENCODING_SVD: Encoding
 FORM_UNSPECIFIED: Form
 FORM_VALUES: Form
 FORM_DELTA: Form

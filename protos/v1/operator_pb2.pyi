@@ -27,6 +27,7 @@ class RoundPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROUND_PHASE_AGGREGATING: _ClassVar[RoundPhase]
     ROUND_PHASE_COMMITTED: _ClassVar[RoundPhase]
     ROUND_PHASE_FAILED: _ClassVar[RoundPhase]
+    ROUND_PHASE_DISTILLING: _ClassVar[RoundPhase]
 
 class TaskState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -59,6 +60,7 @@ ROUND_PHASE_COLLECTING: RoundPhase
 ROUND_PHASE_AGGREGATING: RoundPhase
 ROUND_PHASE_COMMITTED: RoundPhase
 ROUND_PHASE_FAILED: RoundPhase
+ROUND_PHASE_DISTILLING: RoundPhase
 TASK_STATE_UNSPECIFIED: TaskState
 TASK_STATE_QUEUED: TaskState
 TASK_STATE_LEASED: TaskState
@@ -152,7 +154,7 @@ class JobView(_message.Message):
     def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., sentence: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., head_version: _Optional[int] = ..., best_version: _Optional[int] = ..., service_seconds: _Optional[float] = ..., eta_seconds: _Optional[float] = ..., created_unix_seconds: _Optional[float] = ...) -> None: ...
 
 class RoundView(_message.Message):
-    __slots__ = ("number", "phase", "sentence", "cohort", "seconds", "bytes_up", "bytes_down", "updates", "attempt", "metrics")
+    __slots__ = ("number", "phase", "sentence", "cohort", "seconds", "bytes_up", "bytes_down", "updates", "attempt", "metrics", "undistilled")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +179,7 @@ class RoundView(_message.Message):
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    UNDISTILLED_FIELD_NUMBER: _ClassVar[int]
     number: int
     phase: RoundPhase
     sentence: str
@@ -187,7 +190,8 @@ class RoundView(_message.Message):
     updates: _containers.RepeatedCompositeFieldContainer[UpdateView]
     attempt: int
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., sentence: _Optional[str] = ..., cohort: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., updates: _Optional[_Iterable[_Union[UpdateView, _Mapping]]] = ..., attempt: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    undistilled: str
+    def __init__(self, number: _Optional[int] = ..., phase: _Optional[_Union[RoundPhase, str]] = ..., sentence: _Optional[str] = ..., cohort: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., updates: _Optional[_Iterable[_Union[UpdateView, _Mapping]]] = ..., attempt: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., undistilled: _Optional[str] = ...) -> None: ...
 
 class UpdateView(_message.Message):
     __slots__ = ("site", "fate", "reason", "examples", "steps", "metrics", "seconds")
@@ -347,6 +351,16 @@ class AddBaseModelResponse(_message.Message):
     digest: str
     missing: _containers.RepeatedCompositeFieldContainer[_manifest_pb2.FileRef]
     def __init__(self, digest: _Optional[str] = ..., missing: _Optional[_Iterable[_Union[_manifest_pb2.FileRef, _Mapping]]] = ...) -> None: ...
+
+class RemoveBaseModelRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class RemoveBaseModelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ListBaseModelsRequest(_message.Message):
     __slots__ = ()

@@ -75,6 +75,11 @@ class OperatorServiceStub:
                 request_serializer=protos_dot_v1_dot_operator__pb2.ListBaseModelsRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_operator__pb2.ListBaseModelsResponse.FromString,
                 _registered_method=True)
+        self.RemoveBaseModel = channel.unary_unary(
+                '/silotune.v1.OperatorService/RemoveBaseModel',
+                request_serializer=protos_dot_v1_dot_operator__pb2.RemoveBaseModelRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_operator__pb2.RemoveBaseModelResponse.FromString,
+                _registered_method=True)
         self.InviteSite = channel.unary_unary(
                 '/silotune.v1.OperatorService/InviteSite',
                 request_serializer=protos_dot_v1_dot_operator__pb2.InviteSiteRequest.SerializeToString,
@@ -151,6 +156,14 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RemoveBaseModel(self, request, context):
+        """Sites cannot fetch it any more, and its blobs go with the garbage. NOT_FOUND, FAILED_PRECONDITION (a job that is
+        under way relies on it).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def InviteSite(self, request, context):
         """ALREADY_EXISTS: an enrolled site has this name.
         """
@@ -213,6 +226,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ListBaseModels,
                     request_deserializer=protos_dot_v1_dot_operator__pb2.ListBaseModelsRequest.FromString,
                     response_serializer=protos_dot_v1_dot_operator__pb2.ListBaseModelsResponse.SerializeToString,
+            ),
+            'RemoveBaseModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveBaseModel,
+                    request_deserializer=protos_dot_v1_dot_operator__pb2.RemoveBaseModelRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_operator__pb2.RemoveBaseModelResponse.SerializeToString,
             ),
             'InviteSite': grpc.unary_unary_rpc_method_handler(
                     servicer.InviteSite,
@@ -447,6 +465,33 @@ class OperatorService:
             '/silotune.v1.OperatorService/ListBaseModels',
             protos_dot_v1_dot_operator__pb2.ListBaseModelsRequest.SerializeToString,
             protos_dot_v1_dot_operator__pb2.ListBaseModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveBaseModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/silotune.v1.OperatorService/RemoveBaseModel',
+            protos_dot_v1_dot_operator__pb2.RemoveBaseModelRequest.SerializeToString,
+            protos_dot_v1_dot_operator__pb2.RemoveBaseModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from coordinator.storage.file_blobs import FileBlobStore
 from coordinator.storage.garbage import GarbageCollector, all_named
 from coordinator.storage.store import Store
+from protos import jobspec
 from protos.digests import base_model_digest, digest_of
-from protos.errors import AlreadyExists
+from protos.errors import AlreadyExists, Conflict, NotFound
 
 WEIGHTS = b"weights of a base model"
 FILES = (("model.safetensors", digest_of(WEIGHTS), len(WEIGHTS)),)
@@ -40,3 +42,31 @@ def test_a_model_is_announced_again_until_it_is_complete_and_never_with_other_co
     assert not store.base_models.expects(FILES[0][1], size=1)
     with pytest.raises(AlreadyExists, match="another digest"):
         store.base_models.announce("m", (("config.json", "a" * 64, 2),), complete=True)
+
+
+def test_a_model_that_was_removed_is_garbage_unless_a_job_under_way_names_it(store: Store, tmp_path: Path) -> None:
+    blobs = FileBlobStore(tmp_path / "blobs", reserve_bytes=0)
+    (tmp_path / "new").write_bytes(WEIGHTS)
+    digest, _ = blobs.adopt(tmp_path / "new")
+    os.utime(blobs.path(digest), (0, 0))
+    store.base_models.announce("m", FILES, complete=True)
+    fields = {
+        "name": "notes",
+        "task": {"type": "classification", "labels": ["a", "b"]},
+        "data": {"name": "notes"},
+        "base_model": {"name": "m"},
+        "local": {"steps": 1},
+        "rounds": 1,
+    }
+    store.jobs.create(jobspec.parse(fields), job_id="j1", submit_token="", now_unix_seconds=0.0)
+    with pytest.raises(Conflict, match="Job j1 relies on the base model m"):
+        store.base_models.remove("m")
+    store.jobs.control("j1", action="cancel", site="", now_unix_seconds=1.0)
+    GarbageCollector(store.database, blobs).collect()
+    assert blobs.size(digest) == len(WEIGHTS)
+    store.base_models.remove("m")
+    assert store.base_models.all() == []
+    assert GarbageCollector(store.database, blobs).collect() == 1
+    assert blobs.size(digest) is None
+    with pytest.raises(NotFound, match="'m'"):
+        store.base_models.remove("m")

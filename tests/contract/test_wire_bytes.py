@@ -163,6 +163,7 @@ def test_the_services_keep_their_calls() -> None:
             "ListEvents",
             "ListJobs",
             "ListSites",
+            "RemoveBaseModel",
             "RevokeSite",
             "SubmitJob",
         ],

@@ -75,6 +75,30 @@ def test_a_lab_that_was_killed_goes_on_with_the_same_job_and_all_sites_share_one
     assert again.returncode == 5 and "another experiment" in again.stderr
 
 
+def test_a_grid_that_was_killed_runs_only_what_is_left_and_more_seeds_are_more_cells(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("quorum = 4", "quorum = 2"))
+    (tmp_path / "lab.toml").write_text("sites = 2\n")
+    out = tmp_path / "out"
+    command = [str(Path(sys.executable).parent / "silotune"), "lab", "run", str(tmp_path), "--out", str(out)]
+    first = subprocess.Popen([*command, "--seeds", "1,2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cells = [out / "cells" / f"seed-{number}" for number in (1, 2, 3)]
+    while not (cells[1] / "ready.json").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    done = read_json(cells[0] / "metrics.json")
+
+    again = subprocess.run([*command, "--seeds", "1-3", "--jobs", "2"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "3 cells, 1 of them done." in again.stderr
+    assert read_json(cells[0] / "metrics.json") == done
+    jobs = [read_json(cell / "metrics.json")["job"] for cell in cells]
+    assert [job["state"] for job in jobs] == ["COMPLETED"] * 3 and len({job["id"] for job in jobs}) == 3
+    listed = read_json(out / "grid.json")["cells"]
+    assert [cell["axes"] for cell in listed] == [{"seed": 1}, {"seed": 2}, {"seed": 3}]
+
+
 SHIPPED = Path(__file__).parents[2] / "deploy"
 HUB_NAME = "ContactDoctor/Bio-Medical-Llama-3-8B"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from client_agent.taskdir import UPDATE
-from client_agent.training.tasks import Warm
+from client_agent.training.warm import Warm
 from tests.unit.client_agent.training.conftest import Site, causal_recipe
 from tests.unit.client_agent.training.conftest import language_model as language_model
 from tests.unit.client_agent.training.conftest import teaching_site as teaching_site

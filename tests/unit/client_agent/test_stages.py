@@ -76,6 +76,25 @@ async def test_a_model_that_finds_no_room_is_said_and_waited_for(home: Home, coo
         subprocess.run(["umount", "--lazy", home.blobs], check=True)
 
 
+async def test_what_the_trainer_finds_the_policy_to_forbid_is_declined(
+    home: Home, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_trainer(
+        monkeypatch,
+        tmp_path,
+        """
+        import json, sys
+        sys.stdin.readline()
+        print(json.dumps({"event": "failed", "reason": "Too many epochs.", "hint": "", "declined": True}), flush=True)
+        sys.stdin.read()
+        """,
+    )
+    coordinator.add_task(task(), model=MODEL)
+    async with running(home):
+        finish = await finish_of(coordinator)
+    assert finish.declined.reason == "Too many epochs."
+
+
 async def test_a_trainer_that_dies_after_its_result_was_written_does_not_train_again(
     home: Home, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

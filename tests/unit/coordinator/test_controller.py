@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from coordinator.controller import Controller
 from coordinator.rounds import state as s
@@ -19,6 +20,7 @@ from coordinator.storage.store import Store
 from coordinator.storage.work import Result
 from protos import jobspec, tensors
 from protos.identity import Role
+from protos.update_figures import COEFFICIENT, KINDS, NORM, NORM_Z, by_site
 
 
 def tensor_file(value: float) -> bytes:
@@ -123,6 +125,32 @@ async def test_a_round_with_a_lora_rule_says_how_far_it_is_from_the_exact_mean(t
     assert abs(ended.metrics["aggregation_error"] - 0.2**0.5) < 1e-6
     version = bench.store.views.model("j", version=1)
     assert bench.blobs.path(version.digest).read_bytes() == pair_file([1, 0, 0], [1, 0])
+
+
+async def test_a_round_under_a_robust_rule_says_whom_it_left_out_and_remembers_the_lengths(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    names = ("a", "b", "c", "d", "e")
+    robust = {"robust": {"type": "multi-krum"}, "weights": "examples"}
+    bench.begin(*names, rounds=3, aggregation=robust, cohort={"quorum": 5, "round_deadline_seconds": 100})
+    async with bench.driven() as controller:
+        await until(lambda: bench.hand_in("hq", tensor_file(0.0)))
+        for number in (1, 2, 3):
+            for place, site in enumerate(names):
+                value = number + 0.01 * place if site != "c" else -7.0 * number
+                await until(lambda site=site, value=value: bench.hand_in(site, tensor_file(value)))
+                controller.wake()
+        await until(lambda: bench.store.views.job("j").state is s.JobState.COMPLETED)
+    version = bench.store.views.model("j", version=1)
+    assert bench.blobs.path(version.digest).read_bytes() == tensor_file(1.0 + 0.01 * (0 + 1 + 3 + 4) / 4)
+    assert {part.weight for part in version.contributions} == {0.2}
+    rounds = {found.number: found.metrics for found in bench.store.views.rounds("j", last=4)}
+    kinds = {kind: by_site(rounds[1], kind) for kind in KINDS}
+    assert kinds[COEFFICIENT] == {"a": 0.25, "b": 0.25, "c": 0.0, "d": 0.25, "e": 0.25}
+    assert kinds[NORM]["c"] == pytest.approx(7 * 1000**0.5)
+    assert [bool(by_site(rounds[number], NORM_Z)) for number in (1, 2, 3)] == [False, False, True]
+    said = [event.sentence for event in bench.store.views.events("j", after_id=0)]
+    sentence = "version 1 from 5 updates; multi-krum leaves out c; against the mean of the others: c"
+    assert any(one.endswith(sentence) for one in said)
 
 
 async def test_a_pause_uses_up_no_second_of_service(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ ADAPTERS = 13_631_488
 TOKENS = 16 * 512
 
 
-def needs(*, on_gpu: bool = True, gpus: int = 1, micro_batch: int = 16, **tables: dict[str, Any]) -> Footprint:
+def needs(
+    *, on_gpu: bool = True, gpus: int = 1, micro_batch: int = 16, fold: int = 0, **tables: dict[str, Any]
+) -> Footprint:
     base = {"name": "llama", "dtype": "bfloat16", **tables.get("base_model", {})}
     local = {"steps": 10, "batch_size": 16, **tables.get("local", {})}
     method = {"type": "lora", "rank": 32, "targets": ["q_proj", "v_proj"], **tables.get("method", {})}
@@ -34,7 +36,9 @@ def needs(*, on_gpu: bool = True, gpus: int = 1, micro_batch: int = 16, **tables
             "rounds": 2,
         }
     )
-    return footprint(recipe, LLAMA_3_8B, on_gpu=on_gpu, gpus=gpus, site="st-olav", micro_batch=micro_batch, rows=1000)
+    return footprint(
+        recipe, LLAMA_3_8B, on_gpu=on_gpu, gpus=gpus, site="st-olav", micro_batch=micro_batch, rows=1000, fold=fold
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,13 @@ def test_what_is_trained_has_its_gradient_and_two_moments():
     assert needs(method={"ranks": {"st-olav": 8}}).trained == ADAPTERS * 4 + ADAPTERS // 4 * 12
 
 
+def test_what_is_folded_is_kept_and_has_no_gradient():
+    flora = {"aggregation": {"rule": "flora"}}
+    pair = ADAPTERS // 32
+    assert needs(fold=640, **flora).trained - needs(**flora).trained == 640 * pair * 4
+    assert needs(fold=640, **flora).disk - needs(**flora).disk == pytest.approx(4 * 640 * pair * 4, rel=1e-3)
+
+
 def test_activations_with_and_without_checkpointing():
     layer = 2 * TOKENS * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14_336))
     assert needs().activations == 32 * layer
@@ -72,7 +83,7 @@ def test_activations_with_and_without_checkpointing():
 
 
 def test_logits_are_vocabulary_wide_for_each_token_of_a_completion():
-    assert needs().logits == TOKENS // 2 * 128_256 * (2 + 4 + 4)
+    assert needs().logits == TOKENS // 2 * 128_256 * (2 + 2)
 
 
 def test_several_gpus_share_what_is_not_quantised():
@@ -90,5 +101,5 @@ def test_the_qlora_of_the_study_fits_a_card_of_24_gigabytes():
 def test_on_a_cpu_values_have_four_bytes_and_everything_is_the_machines_memory():
     on_cpu = needs(on_gpu=False, base_model={"dtype": "float32"})
     assert on_cpu.weights == 4 * (INNER + REST)
-    assert on_cpu.logits == TOKENS // 2 * 128_256 * (4 + 4 + 4)
+    assert on_cpu.logits == TOKENS // 2 * 128_256 * (4 + 4)
     assert on_cpu.host == 1000 * 512 * 4

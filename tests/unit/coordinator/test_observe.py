@@ -71,12 +71,13 @@ def test_jobs_and_sites_are_shown_as_they_stand_in_the_store(store: Store):
     assert found["silotune_disk_spare_bytes", ()] == 77
 
 
-def test_the_error_of_the_last_aggregation_is_told_where_there_is_one(store: Store):
+def test_what_the_last_aggregation_measured_is_told_where_it_measured_something(store: Store):
     add_job(store, "j1")
     add_job(store, "j2")
     times = {"opened_at": 0.0, "deadline_at": 9.0, "ended_at": 5.0}
     with store.database.write() as connection:
-        for job, metrics in (("j1", {"aggregation_error": 0.25}), ("j2", None)):
+        measured = {"aggregation_error": 0.25, "update_norm.here": 2.5, "update_norm_z.here": 1.5}
+        for job, metrics in (("j1", measured), ("j2", None)):
             connection.execute(
                 insert(schema.rounds).values(
                     job_id=job, number=1, attempt=1, phase="COMMITTED", cohort=["here"], **times
@@ -87,8 +88,13 @@ def test_the_error_of_the_last_aggregation_is_told_where_there_is_one(store: Sto
                     job_id=job, round=1, generation=1, state="DONE", contributions=[], queued_at=1.0, metrics=metrics
                 )
             )
-    found = {labels: value for (name, labels), value in scrape(store).items() if name == "silotune_aggregation_error"}
-    assert found == {(("job", "j1"),): 0.25}
+    told = ("silotune_aggregation_error", "silotune_update_")
+    found = {key: value for key, value in scrape(store).items() if key[0].startswith(told)}
+    assert found == {
+        ("silotune_aggregation_error", (("job", "j1"),)): 0.25,
+        ("silotune_update_norm", (("job", "j1"), ("site", "here"))): 2.5,
+        ("silotune_update_norm_z", (("job", "j1"), ("site", "here"))): 1.5,
+    }
 
 
 def test_without_its_database_a_scrape_still_answers_and_invents_nothing(tmp_path: Path):

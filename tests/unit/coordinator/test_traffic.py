@@ -114,6 +114,22 @@ def test_what_means_of_factors_miss_has_one_sites_rank_less():
     assert long.last_version_bytes == pytest.approx(4 * 32 * ((32 + 4096) * 8192 + (32 + 1024) * 5120), rel=0.01)
 
 
+def test_the_memory_of_a_plan_is_that_of_the_last_round():
+    assert ledger(flowertune(aggregation={"rule": "flora"}), LLAMA_3_8B, sites=SITES).fold_rank == 10 * 2 * 32
+    assert ledger(flowertune(aggregation={"rule": "fedex"}), LLAMA_3_8B, sites=SITES).fold_rank == 10 * 32
+    assert ledger(flowertune(), LLAMA_3_8B, sites=SITES).fold_rank == 0
+
+
+def test_a_site_of_several_processes_fetches_whole_versions_of_an_encoded_job():
+    spec = flowertune(encoding={"up": "int4", "down": "int4"}, cohort={"sites": SITES})
+    book = ledger(spec, LLAMA_3_8B, sites=SITES, whole=SITES[:1])
+    several, others = book.sites[SITES[0]], book.sites[SITES[1]]
+    assert several.up_bytes == others.up_bytes
+    assert several.down_bytes == 10 * book.first_version_bytes
+    # Version 0 is made at each site.
+    assert others.down_bytes == 9 * book.encoded_version_bytes < several.down_bytes / 7
+
+
 def test_every_round_has_its_cohort_and_the_same_job_always_the_same():
     book = ledger(flowertune(), LLAMA_3_8B, sites=SITES)
     assert [len(set(cohort)) for cohort in book.cohorts] == [2] * 10

@@ -60,7 +60,9 @@ def test_it_installs_one_extra_with_the_tested_versions(path: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     installs = [rest for name, rest in instructions(path) if name == "RUN" and "pip install" in rest]
     assert len(installs) == 1
-    assert "-c constraints.txt" in installs[0] and f"'.[{path.stem}]'" in installs[0]
+    # Another one with --build-arg: the lab's image has both sides.
+    assert f"EXTRAS={path.stem}" in [rest for name, rest in instructions(path) if name == "ARG"]
+    assert "-c constraints.txt" in installs[0] and '".[${EXTRAS}]"' in installs[0]
     assert path.stem in extras
 
 

@@ -14,7 +14,10 @@ DIRECTORY = Path(__file__).parents[3] / "deploy" / "kubernetes"
 OBJECTS = list(yaml.safe_load_all((DIRECTORY / "coordinator.yaml").read_text()))
 
 
-@pytest.mark.parametrize("manifest", OBJECTS, ids=lambda manifest: manifest["kind"])
+GRID = yaml.safe_load((DIRECTORY / "lab.yaml").read_text())
+
+
+@pytest.mark.parametrize("manifest", [*OBJECTS, GRID], ids=lambda manifest: manifest["kind"])
 def test_a_manifest_is_valid(manifest: dict) -> None:
     kubernetes_validate.validate(manifest, "1.33", strict=True)
 
@@ -39,3 +42,8 @@ def test_a_coordinator_runs_without_root_or_any_capability() -> None:
         rights = container["securityContext"]
         assert rights["readOnlyRootFilesystem"] is True and rights["allowPrivilegeEscalation"] is False
         assert rights["capabilities"]["drop"] == ["ALL"]
+
+
+def test_the_pods_of_a_grid_share_out_its_cells() -> None:
+    (container,) = GRID["spec"]["template"]["spec"]["containers"]
+    assert f"$((JOB_COMPLETION_INDEX + 1))/{GRID['spec']['completions']}" in container["args"][0]

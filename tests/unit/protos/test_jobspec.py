@@ -37,6 +37,7 @@ learning_rate = 2e-4
 
 LORA = {"method": {"type": "lora"}}
 CAUSAL = {"type": "causal-lm"}
+MIXED = {"type": "lora", "rank": 8, "ranks": {"oslo": 4}}
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
@@ -100,6 +101,24 @@ def test_a_short_recipe_is_enough() -> None:
         ({"task": {**CAUSAL, "template": {"prompt": "{instruction!r}"}}}, "fields are written plainly"),
         ({"task": {**CAUSAL, "template": {"prompt": "Answer:"}}}, "a template needs {instruction}"),
         ({"local__schedule": {"over": "steps", "one_based": True}}, "one_based counts rounds"),
+        (
+            {**LORA, "cohort__quorum": 5, "aggregation": {"rule": "svd", "robust": {"type": "krum"}}},
+            "rule svd combines more than plain vectors, so robust must be none",
+        ),
+        (
+            {"method": MIXED, "cohort__quorum": 3, "aggregation__robust": {"type": "median"}},
+            "robust median compares whole updates, so ranks must give every site the same",
+        ),
+        ({"method": MIXED, "aggregation__report": True}, "report compares whole updates"),
+        (
+            {"cohort__quorum": 6, "aggregation__robust": {"type": "multi-krum", "byzantine": 2}},
+            "quorum is 6, but robust multi-krum needs at least 7 updates",
+        ),
+        (
+            {"cohort__quorum": 4, "aggregation__robust": {"type": "trimmed-mean", "trim": 2}},
+            "quorum is 4, but robust trimmed-mean needs at least 5 updates",
+        ),
+        ({"aggregation__robust": {"type": "norm-bound"}}, "quorum is 1, but robust norm-bound needs at least 3"),
     ],
 )
 def test_each_contradiction_has_its_sentence(changes: dict[str, Any], sentence: str) -> None:

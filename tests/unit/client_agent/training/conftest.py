@@ -26,7 +26,8 @@ from client_agent.settings import DataSet
 from client_agent.taskdir import TaskResult, TaskSpec, write_spec
 from client_agent.training.prompts import ALPACA
 from client_agent.training.small_llama import Pretraining, Sizes, make
-from client_agent.training.tasks import Warm, Work
+from client_agent.training.tasks import Work
+from client_agent.training.warm import Warm
 
 LABELS = ("drug", "lab", "symptom")
 WORDS = {"drug": "aspirin dose tablet", "lab": "sodium count blood", "symptom": "cough pain fever"}

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from client_agent.taskdir import FILES, UPDATE
 from client_agent.training.loading import check_tensors, load_version
 from client_agent.training.model import Model
-from client_agent.training.tasks import Warm
+from client_agent.training.warm import Warm
 from coordinator.adapter_export import is_plain, write_plain_adapter
 from coordinator.aggregation.combine import Combined, Input, combine, read_header
 from coordinator.aggregation.lora_rules import fresh_a

@@ -16,7 +16,7 @@ from client_agent.training.benchmarks import Reply, measure, read_replies, reply
 from client_agent.training.model import Model
 from client_agent.training.questions import Question
 from client_agent.training.small_llama import Pretraining, Sizes, make
-from client_agent.training.tasks import Warm
+from client_agent.training.warm import Warm
 from protos.errors import InvalidInput, SiteConfigInvalid
 from protos.jobspec import Local
 from protos.metrics import METRICS, check_numbers

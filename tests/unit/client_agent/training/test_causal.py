@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +23,14 @@ from transformers import (
 )
 
 from client_agent.settings import DataSet
-from client_agent.taskdir import UPDATE
+from client_agent.taskdir import UPDATE, TooManyEpochs
 from client_agent.training.baseline import train_alone
 from client_agent.training.causal import CausalLanguageModel, CausalTokens
 from client_agent.training.data import Instruction, Instructions, read_instructions
 from client_agent.training.kinds import loss_sum
 from client_agent.training.model import Model, build
-from client_agent.training.tasks import Warm
 from client_agent.training.train import prepare, train
+from client_agent.training.warm import Warm
 from protos import jobspec
 from protos.errors import InvalidInput, SiteConfigInvalid
 from tests.unit.client_agent.training.conftest import Site, causal_recipe, make_instructions
@@ -228,12 +230,31 @@ def test_the_log_tells_a_warm_start_from_a_fresh_load(teaching_site: Site, capsy
     capsys.readouterr()
     _, first = site.run("first", task)
     _, second = site.run("second", replace(task, round=2))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "ready to train" in line]
-    fresh, warm = (f"{result.seconds['load']:.3f} s" for result in (first, second))
-    assert lines == [
-        f"Round {number}: ready to train {took} after the task came; loading afresh took {fresh}."
-        for number, took in ((1, fresh), (2, warm))
-    ]
+    said = re.findall(
+        r"Round (\d): ready to train (\S+) s after the task came; loading afresh took (\S+) s\.",
+        capsys.readouterr().err,
+    )
+    (one, ready, fresh), (two, warm, still) = said
+    assert (one, two) == ("1", "2") and ready == fresh == still
+    # All that comes before the first step is in it, and not the step itself.
+    for result, seconds in ((first, ready), (second, warm)):
+        assert round(result.seconds["load"], 3) <= float(seconds) <= round(result.seconds["first_step"], 3)
+
+
+def test_packed_sequences_are_counted_in_epochs_over_the_rows_and_too_many_are_declined(teaching_site: Site) -> None:
+    site = teaching_site
+    task = {"type": "causal-lm", "max_length": 160, "packing": True}
+    recipe = causal_recipe(task=task, local={"steps": 4, "batch_size": 8, "learning_rate": 1e-3})
+    init, _ = site.run("init", site.task("init", recipe=recipe))
+    train = site.task("train", recipe=recipe, model=init / UPDATE)
+    _, result = site.run("unbounded", train)
+    (tokens,) = site.warm.splits.values()
+    # Of rows these 32 would be about one epoch; they are sequences that hold several.
+    assert len(tokens) <= 16 < 24 < result.examples
+    epochs = 4 / math.ceil(len(tokens) / 8)
+    site.run("allowed", replace(train, max_epochs=epochs))
+    with pytest.raises(TooManyEpochs, match=rf"4 steps are {epochs:.1f} epochs over its {result.examples} rows"):
+        site.run("declined", replace(train, max_epochs=epochs - 0.1))
 
 
 def test_the_same_order_in_every_round_is_that_of_the_first(teaching_site: Site) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from client_agent.taskdir import CHECKPOINT, UPDATE, Paused, TaskResult, TaskSpec, checkpoint_step
-from client_agent.training.tasks import Warm, Work
+from client_agent.training.tasks import Work
+from client_agent.training.warm import Warm
 from tests.unit.client_agent.training.conftest import Site, causal_recipe
 
 # 29 rows in batches of 8: four steps are an epoch.

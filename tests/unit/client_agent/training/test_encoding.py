@@ -38,9 +38,9 @@ def values_of(path: Path, *, recipe: dict[str, Any], version: Path, round_number
     with TensorFile(version) as old, TensorFile(path, encoded=True) as file:
         held = update_tensors(spec, old.layout, round_number=round_number, site=site)
         assert file.layout == encoded_header(held, encoding="int4", block=32)[1]
-        for tensor, (name, _, shape) in zip(file.layout.tensors, held, strict=True):
+        for name, _, shape in held:
             count = torch.Size(shape).numel()
-            part = decoded(file, tensor, encoding="int4", block=32)(0, count)
+            part = decoded(file, name, shape, encoding="int4", block=32)(0, count)
             found[name] = torch.tensor(part).reshape(shape)
     return found
 

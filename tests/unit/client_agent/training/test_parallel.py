@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from client_agent.taskdir import UPDATE, TaskSpec, checkpoint_step, read_result
 from client_agent.training.parallel import Group
-from client_agent.training.tasks import Warm
+from client_agent.training.warm import Warm
 from tests.unit.client_agent.training.conftest import Site, causal_recipe
 from tests.unit.client_agent.training.test_worker import Worker
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from client_agent.taskdir import FILES, UPDATE
-from client_agent.training.tasks import KEPT_SPLITS, Warm, choose_device
+from client_agent.training.tasks import choose_device
+from client_agent.training.warm import KEPT_SPLITS, Warm
 from protos.errors import CorruptData, InvalidInput, RecipeInvalid, SiteConfigInvalid
 from protos.metrics import METRICS, STAGE_SECONDS, check_numbers
 from protos.tensors import header_length, parse_header
@@ -192,7 +193,7 @@ def test_the_model_and_the_tokens_stay_in_memory_until_something_they_depend_on_
 def test_the_rows_of_several_sites_stay_in_memory_while_they_are_small(
     site: Site, monkeypatch: pytest.MonkeyPatch, size_bytes: int, kept: int
 ) -> None:
-    monkeypatch.setattr("client_agent.training.tasks.KEPT_SPLITS_BYTES", size_bytes)
+    monkeypatch.setattr("client_agent.training.warm.KEPT_SPLITS_BYTES", size_bytes)
     recipe = site.recipe(local={"steps": 1})
     init, _ = site.run("init", site.task("init", recipe=recipe))
     rows = Path(site.data_set.path).read_bytes()
@@ -353,8 +354,8 @@ def test_a_task_that_lacks_something_is_refused(site: Site) -> None:
     recipe = site.recipe()
     with pytest.raises(RecipeInvalid):
         site.run("recipe", site.task("init", recipe=recipe | {"rounds": 0}))
-    with pytest.raises(InvalidInput, match="'distill'"):
-        site.run("kind", site.task("distill", recipe=recipe))
+    with pytest.raises(InvalidInput, match="'dream'"):
+        site.run("kind", site.task("dream", recipe=recipe))
     with pytest.raises(InvalidInput, match="needs a model"):
         site.run("model", site.task("train", recipe=recipe))
     with pytest.raises(InvalidInput, match="no base model"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from client_agent.training.classification import TextClassification, Tokens
 from client_agent.training.data import Rows
 from client_agent.training.model import Model, build
-from client_agent.training.train import batches, make_optimizer, prepare, step_count, train
+from client_agent.training.train import batches, make_optimizer, prepare, train
 from protos import jobspec
 from protos.errors import InvalidInput, OutOfSpace
 from tests.unit.client_agent.training.conftest import LABELS, Site, make_texts
@@ -74,7 +74,7 @@ def test_an_epoch_visits_every_row_once_and_the_next_one_in_another_order() -> N
     [({"steps": 7}, 3, 7), ({"epochs": 1}, 21, 3), ({"epochs": 2.5}, 16, 5), ({"epochs": 0.1}, 8, 1)],
 )
 def test_epochs_become_steps(local: dict[str, Any], rows: int, steps: int) -> None:
-    assert step_count(jobspec.Local(batch_size=8, **local), rows=rows) == steps
+    assert jobspec.Local(batch_size=8, **local).step_count(rows) == steps
 
 
 def test_a_padded_batch_has_each_row_s_tokens_and_a_mask(site: Site) -> None:

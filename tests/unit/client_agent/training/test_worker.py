@@ -16,7 +16,7 @@ import pytest
 
 from client_agent.settings import trainer_environment
 from client_agent.taskdir import UPDATE, checkpoint_step, read_result
-from client_agent.training.tasks import Warm
+from client_agent.training.warm import Warm
 from tests.unit.client_agent.training.conftest import Site
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -87,6 +87,11 @@ def test_a_worker_does_task_after_task_and_its_output_equals_that_of_a_fresh_one
     (failed,) = [event for event in worker.run(site.write("wrong", wrong)) if event["event"] != "progress"]
     assert failed["event"] == "failed"
     assert "row 1" in failed["reason"] and "jane" not in failed["reason"] + failed["hint"]
+
+    # What the site's policy does not allow is declined.
+    often = site.recipe(local={"steps": 100, "batch_size": 8})
+    (declined,) = worker.run(site.write("often", replace(task, spec=often, max_epochs=2)))[-1:]
+    assert declined["declined"] and "more than max_epochs = 2" in declined["reason"]
 
     second = site.write("second", task)
     assert worker.run(second)[-1] == {"event": "done"}

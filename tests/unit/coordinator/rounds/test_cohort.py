@@ -72,6 +72,25 @@ def test_a_capped_share_gives_its_excess_to_the_others_in_proportion() -> None:
     assert [part.weight for part in start.contributions] == pytest.approx([0.125, 0.375, 0.5])
 
 
+def test_under_a_robust_rule_no_site_counts_for_more_because_it_claims_more_rows() -> None:
+    names = "abcde"
+    updates = tuple(update(name, examples=10**9 if name == "a" else 10) for name in names)
+    tasks = tuple(train(name, s.TaskState.SUCCEEDED) for name in names)
+    facts = s.Facts(sites(*names), round_(cohort=tuple(names)), tasks, updates[::-1])
+
+    def shares(**aggregation) -> list[float]:
+        recipe = spec(cohort={"quorum": 5}, aggregation=aggregation)
+        (start,) = of(step(job(recipe), facts, 1.0), s.Aggregate)
+        assert [part.site for part in start.contributions] == list(names)
+        return [part.weight for part in start.contributions]
+
+    for rule in ("median", "trimmed-mean", "krum", "multi-krum"):
+        assert shares(robust={"type": rule}) == pytest.approx([0.2] * 5)
+    for rule in ("norm-bound", "centered-clipping"):
+        assert shares(robust={"type": rule}) == pytest.approx([0.4] + [0.15] * 4)
+        assert shares(robust={"type": rule}, max_share=0.3) == pytest.approx([0.3] + [0.175] * 4)
+
+
 def test_a_round_that_has_its_quorum_already_begins_although_nobody_is_connected() -> None:
     updates = (update("a"), update("b"))
     away = s.Facts(sites("a", "b", "c", away=("a", "b", "c")), round_(1, s.Phase.SELECTING, ()), updates=updates)

@@ -41,11 +41,12 @@ class World:
     spec: jobspec.JobSpec
     names: list[str]
     job_id: str
+    house: str = ""
     connected: set[str] = field(default_factory=set)
     held: dict[str, s.Task] = field(default_factory=dict)
 
     @staticmethod
-    def of(store: Store, *, size: int | str, quorum: int, retries: int, where: list[str]) -> World:
+    def of(store: Store, *, size: int | str, quorum: int, retries: int, where: list[str], distils: int) -> World:
         number = next(_numbers)
         names = [f"s{number}-{letter}" for letter in "abc"]
         spec = jobspec.parse(
@@ -64,10 +65,15 @@ class World:
                     "stall_limit_seconds": 30,
                 },
                 "evaluation": {"where": where, "deadline_seconds": DEADLINE_SECONDS},
+                **({"distillation": {"every": distils, "deadline_seconds": DEADLINE_SECONDS}} if distils else {}),
             }
         )
         job_id = store.jobs.create(spec, job_id=f"j{number}", submit_token="", now_unix_seconds=NOW)
-        return World(store, spec, names, job_id)
+        return World(store, spec, names, job_id, house=f"s{number}-hq" if distils else "")
+
+    @property
+    def everybody(self) -> list[str]:
+        return [*self.names, self.house] if self.house else self.names
 
     # --- the controller
 
@@ -76,7 +82,9 @@ class World:
         for _ in range(50):
             job, facts, revision = self.store.jobs.facts(self.job_id, now_unix_seconds=NOW)
             sites = tuple(
-                replace(site, connected=site.name in self.connected) for site in facts.sites if site.name in self.names
+                replace(site, connected=site.name in self.connected)
+                for site in facts.sites
+                if site.name in self.everybody
             )
             facts = replace(facts, sites=sites)
             done = step(job, facts, job.service_seconds)
@@ -105,6 +113,10 @@ class World:
                 assert job.head_version == effect.number - 1, "a round opens on the committed one before it"
             if isinstance(effect, s.Commit):
                 assert effect.version == (0 if job.head_version is None else job.head_version + 1)
+                distilled = effect.digest != (
+                    facts.command.digest if effect.version and facts.command else effect.digest
+                )
+                assert (distilled or bool(effect.undistilled)) == self.spec.is_distilled(effect.version)
             if isinstance(effect, s.Commit) and effect.version > 0:
                 parts = {(part.site, part.digest) for part in effect.contributions}
                 assert len(parts) == len(effect.contributions) >= self.spec.cohort.quorum
@@ -127,7 +139,8 @@ class World:
         if row is None or row.state != "ENROLLED":
             secret = f"{name} {next(_numbers)}"
             valid = {"expires_unix_seconds": NOW + 60, "now_unix_seconds": NOW}
-            self.store.sites.invite(name, role=Role.SITE, secret_hash=secret, **valid)
+            role = Role.HOUSE if name == self.house else Role.SITE
+            self.store.sites.invite(name, role=role, secret_hash=secret, **valid)
             self.store.sites.redeem(secret, key_hash="key", serial="1", **valid)
         self.connected.add(name)
 
@@ -185,7 +198,7 @@ class World:
             self.store.jobs.fail_command(self.job_id, error="no space left", corrupt_site=site, **which)
 
     def cooperate(self) -> None:
-        for name in self.names:
+        for name in self.everybody:
             self.report(name, "succeed")
         self.aggregate("done")
 
@@ -201,7 +214,8 @@ SITE_ACTIONS: dict[str, Callable[[World, str], None]] = {
     },
 }
 actions = st.one_of(
-    st.tuples(st.sampled_from(sorted(SITE_ACTIONS)), st.integers(0, SITES - 1)),
+    # The last is the house agent, where there is one.
+    st.tuples(st.sampled_from(sorted(SITE_ACTIONS)), st.integers(0, SITES)),
     st.tuples(st.just("cooperate"), st.none()),
     st.tuples(st.just("pass"), st.sampled_from([1.0, 11.0, 31.0, 101.0])),
     st.tuples(st.just("aggregate"), st.sampled_from(["done", "fail", "corrupt"])),
@@ -219,7 +233,7 @@ def act(world: World, what: str, how: Any) -> None:
     elif what == "control":
         world.control(how)
     else:
-        SITE_ACTIONS[what](world, world.names[how])
+        SITE_ACTIONS[what](world, world.everybody[how % len(world.everybody)])
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +249,7 @@ rules = st.fixed_dictionaries(
         "quorum": st.integers(1, 2),
         "retries": st.integers(0, 1),
         "where": st.sampled_from([[], ["sites"]]),
+        "distils": st.sampled_from([0, 1, 2]),
     }
 )
 
@@ -245,18 +260,19 @@ def test_a_job_ends_whatever_happens_and_goes_on_when_everything_is_well_again(
     store: Store, rules: dict[str, Any], present: int, begun: int, story: list[Any]
 ) -> None:
     world = World.of(store, **rules)
-    for name in world.names[:present]:
+    for name in [*world.names[:present], *([world.house] if world.house and present else [])]:
         world.enroll(name)
     world.drive()
     for what, how in [("cooperate", None)] * begun + story:
         act(world, what, how)
         world.drive()
-    # From here on nobody does anything: each attempt has one deadline, version 0 one for each site, an aggregate two.
+    # From here on nobody does anything: each attempt has one deadline, version 0 one for each site, an aggregate two, and
+    # a distillation one.
     world.control("resume")
-    deadlines = SITES + rules["retries"] + 1 + 2 + 2
+    deadlines = SITES + 1 + rules["retries"] + 1 + 2 + 2 + 1
     world.within(2 * deadlines, lambda job: job.state.ended, then=lambda: world.pass_time(DEADLINE_SECONDS / 2 + 1))
     # And now everybody does what he should.
-    for name in world.names:
+    for name in world.everybody:
         world.enroll(name)
     world.control("readmit")
     world.control("resume")

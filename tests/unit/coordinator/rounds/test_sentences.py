@@ -178,6 +178,36 @@ def test_an_aggregation_says_since_when_of_how_many_and_what_went_wrong_before()
     )
 
 
+@pytest.mark.parametrize(
+    ("rule", "metrics", "said"),
+    [
+        ({"type": "krum"}, {"a": 0.0, "b": 1.0, "c": 0.0}, "; krum counts b alone"),
+        ({"type": "multi-krum"}, {"a": 0.5, "b": 0.0, "c": 0.5}, "; multi-krum leaves out b"),
+        ({"type": "norm-bound"}, {"a": 0.25, "b": 0.025, "c": 0.25}, "; norm-bound counts b at 10%"),
+        ({"type": "norm-bound"}, {"a": 0.25, "b": 0.2, "c": 0.25}, ""),
+        ({"type": "median"}, {}, ""),
+    ],
+)
+def test_what_a_robust_rule_did_to_a_site_is_said_when_the_round_is_committed(
+    rule: dict[str, str], metrics: dict[str, float], said: str
+) -> None:
+    recipe = spec(cohort={"quorum": 5}, aggregation={"robust": rule})
+    shares = tuple(
+        s.Contribution(name, name * 64, 8, weight) for name, weight in zip("abc", (0.25, 0.25, 0.5), strict=True)
+    )
+    measured = {f"update_coefficient.{site}": value for site, value in metrics.items()}
+    done = aggregating(s.CommandState.DONE, contributions=shares, metrics=measured)
+    assert step(job(recipe), done, 1.0).sentence == f"round 1 is committed: version 1 from 3 updates{said}"
+
+
+def test_an_update_unlike_the_others_is_named_also_where_it_counts() -> None:
+    measured = {"update_cosine.a": -0.9, "update_cosine.b": 0.4, "update_norm_z.a": 0.1, "update_norm_z.b": -8.04}
+    done = step(job(), aggregating(s.CommandState.DONE, metrics=measured), 1.0)
+    assert done.sentence.endswith(
+        "from 2 updates; against the mean of the others: a; of unusual length, in deviations: b (-8.0)"
+    )
+
+
 def test_the_last_evaluations_are_named_with_what_they_measure() -> None:
     recipe = spec(rounds=1, evaluation={"where": ["sites"], "deadline_seconds": 60})
     tasks = (

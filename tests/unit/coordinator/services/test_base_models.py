@@ -109,3 +109,19 @@ async def test_only_files_of_an_announced_model_are_taken_and_none_that_may_hold
             await announce(operator, files=listed(**{name: b"x"}))
     with pytest.raises(errors.InvalidInput, match="not a model name"):
         await announce(operator, name="../x")
+
+
+async def test_a_base_model_that_was_removed_is_served_no_more(federation: Any):
+    operator, site = federation.operator(), federation.site("st-olav")
+    await announce(operator)
+    for content in FILES.values():
+        await upload(operator, content)
+    assert await announce(operator) == []
+    await operator.operator("RemoveBaseModel", operator_pb2.RemoveBaseModelRequest(name="org/tiny"))
+    models = await operator.operator("ListBaseModels", operator_pb2.ListBaseModelsRequest())
+    assert list(models.models) == []
+    await federation.submit(**JOB)
+    assert list((await site.lease()).base_files) == []
+    with pytest.raises(errors.Conflict, match="relies on the base model"):
+        await announce(operator)
+        await operator.operator("RemoveBaseModel", operator_pb2.RemoveBaseModelRequest(name="org/tiny"))

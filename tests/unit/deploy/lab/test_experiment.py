@@ -2,29 +2,44 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coordinator import recipe
 from deploy.lab import experiment
-from deploy.lab.experiment import changed
+from deploy.lab.experiment import assigned
 from deploy.lab.place import site_tomls
-from deploy.lab.plan import planned
+from deploy.lab.plan import Typed, cells
+from deploy.lab.run import Plan
 from protos.errors import InvalidInput, RecipeInvalid
 
 RECIPES = Path(experiment.__file__).parents[1] / "recipes"
 STUDY = RECIPES / "flowertune-medical"
 
 
+def planned(
+    directory: Path, *, partition: str = "", seed: int | None = None, sites: int | None = None, **typed: Any
+) -> Plan:
+    """The one run that these options make."""
+    axes = {"partitions": partition and [partition], "seeds": seed and [seed], "sites": sites and [sites]}
+    (cell,) = cells(directory, Typed(axes={name: value for name, value in axes.items() if value}, **typed))
+    assert not cell.name
+    return cell.plan
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid_and_what_it_names_is_there(path: Path) -> None:
-    if path.name != experiment.FILE:
+    if not path.name.startswith("lab"):
         recipe.read(path)
         return
-    found = experiment.read(path.parent)
-    assert Path(found.recipe).exists() and found.data is not None
-    named = (found.data.rows, found.data.validation, found.data.test, *found.data.benchmarks.values())
-    assert all(Path(str(file)).exists() for file in named)
+    found = cells(path.parent, Typed(lab_file=path.name))
+    assert found
+    # The others want data sets that everybody prepares for themselves.
+    for table in [cell.plan.experiment.data for cell in found if path.name == experiment.FILE]:
+        assert table is not None
+        named = (table.rows, table.validation, table.test, *table.benchmarks.values())
+        assert all(Path(file).exists() for file in named if file)
 
 
 def test_the_study_is_written_as_it_was_run() -> None:
@@ -43,7 +58,7 @@ def test_an_option_changes_one_key_and_what_it_makes_is_checked() -> None:
     with pytest.raises(RecipeInvalid, match="data_ordr is not a known key"):
         planned(STUDY, changes=("local.data_ordr=same",))
     with pytest.raises(InvalidInput, match="is not KEY=VALUE"):
-        changed({}, "local.steps")
+        assigned("local.steps")
 
 
 def test_a_partition_is_typed_as_words_with_colons() -> None:

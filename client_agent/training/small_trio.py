@@ -1,0 +1,299 @@
+"""Three small encoders made from texts, with what sets BERT, ALBERT and DistilBERT apart: for trials without a hub.
+
+They have the classes and the files of the real ones. "bert" (Devlin et al. 2018, arXiv:1810.04805) has a pooler that a
+task about sentences has trained. "albert" (Lan et al. 2019, arXiv:1909.11942) shares one layer's weights among all its
+layers, and has such a pooler too. "distilbert" (Sanh et al. 2019, arXiv:1910.01108) begins as every second layer of
+that "bert", is taught by it to predict masked words, and has no pooler: whoever classifies with it puts two new layers
+on it.
+
+The task about sentences is to tell which second part of a text belongs to which first one, among those of the batch
+(Logeswaran and Lee 2018, arXiv:1803.02893). BERT's and ALBERT's own, a yes or no for each pair, teach a model of this
+size too little in minutes. The same texts, sizes and seed give the same model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.nn.functional import cosine_embedding_loss, cross_entropy, kl_div, log_softmax
+from transformers import (
+    AlbertConfig,
+    AlbertForPreTraining,
+    BertConfig,
+    BertForPreTraining,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from client_agent.training.train import prepare
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+IGNORED = -100
+# Of the tokens, as BERT does it: what is predicted, and of these what stays hidden, and what another token replaces.
+MASKED, HIDDEN, REPLACED = 0.15, 0.8, 0.1
+WARM_UP_STEPS = 50
+# DistilBERT's own: the temperature, and the weights of teacher's words, right words and directions of hidden states.
+TEMPERATURE, TEACHER, WORDS, DIRECTION = 2.0, 5.0, 2.0, 1.0
+
+# Batches that are sorted together.
+STRETCH = 16
+
+# Inputs [2 rows, tokens], first parts before second ones, and words to predict [2 rows, tokens] (IGNORED: none).
+Batch = tuple[dict[str, Tensor], Tensor]
+OnStep = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The "bert" of the default has 0.5 million parameters, of which the embeddings are half."""
+
+    vocabulary: int = 4096
+    hidden: int = 64
+    layers: int = 4
+    heads: int = 4
+    positions: int = 128
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Steps with AdamW on texts in two parts; 0 steps leave the weights random."""
+
+    steps: int = 0
+    batch_size: int = 32
+    length: int = 24
+    learning_rate: float = 2e-3
+
+
+def make(
+    directory: Path,
+    *,
+    kind: str,
+    texts: Sequence[str],
+    sizes: Sizes,
+    pretraining: Pretraining,
+    seed: int,
+    threads: int = 1,
+    on_step: OnStep = lambda done, total, loss: None,
+) -> None:
+    """Writes a model directory that AutoModelForSequenceClassification and AutoTokenizer load.
+
+    `kind` is "bert", "albert" or "distilbert". The last needs its "bert" first, so it takes twice the steps.
+    `on_step(done, total, loss)`.
+    """
+    prepare(device=torch.device("cpu"), threads=threads)
+    tokenizer = make_tokenizer(texts, vocabulary=sizes.vocabulary)
+    torch.manual_seed(seed)
+    pairs = Pairs(texts, tokenizer=tokenizer, how=pretraining, seed=seed)
+    model: PreTrainedModel
+    if kind == "albert":
+        model = AlbertForPreTraining(_albert(sizes))
+        _pretrain(model, pairs.batches(), how=pretraining, on_step=on_step)
+    else:
+        model = BertForPreTraining(_bert(sizes))
+        _pretrain(model, pairs.batches(), how=pretraining, on_step=on_step)
+    if kind == "distilbert":
+        model = _distilled(model, pairs, sizes=sizes, how=pretraining, on_step=on_step)
+    model.base_model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def make_tokenizer(texts: Sequence[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
+    """WordPiece of at most `vocabulary` tokens, upper and lower case apart, as the "cased" models have it."""
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=False)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False)
+    pieces.train_from_iterator(texts, trainer)
+    begin, end = (pieces.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    pieces.post_processor = processors.BertProcessing(("[SEP]", end), ("[CLS]", begin))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+    )  # fmt: skip
+
+
+def halves(text: str) -> tuple[str, str]:
+    """A text in two parts, cut where a line or sentence ends next to its middle; between two words if none does."""
+    ends = [found.end() for found in re.finditer(r"\n|[.!?]\s", text)] or [
+        found.end() for found in re.finditer(" ", text)
+    ]
+    cut = min((end for end in ends if text[end:].strip()), key=lambda end: abs(2 * end - len(text)), default=len(text))
+    return text[:cut].strip(), text[cut:].strip()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Batches of texts in two parts with words to predict, without end."""
+
+    texts: Sequence[str]
+    tokenizer: PreTrainedTokenizerFast
+    how: Pretraining
+    seed: int
+
+    def batches(self) -> Iterator[Batch]:
+        parts = [(first, second) for first, second in map(halves, self.texts) if first and second]
+        size = self.how.batch_size
+        draw = torch.Generator().manual_seed(self.seed)
+        while True:
+            order = torch.randperm(len(parts), generator=draw).tolist()
+            for start in range(0, len(order) - size + 1, size * STRETCH):
+                # Parts of like length together: less padding, and the wrong ones are harder to tell.
+                stretch = sorted(order[start : start + size * STRETCH], key=lambda row: len("".join(parts[row])))
+                for place in range(0, len(stretch) - size + 1, size):
+                    rows = [parts[row] for row in stretch[place : place + size]]
+                    yield self._batch([text for side in zip(*rows, strict=True) for text in side], draw=draw)
+
+    def _batch(self, texts: list[str], *, draw: torch.Generator) -> Batch:
+        encoded = self.tokenizer(
+            texts, truncation=True, max_length=self.how.length, padding=True, return_tensors="pt",
+            return_token_type_ids=False,
+        )  # fmt: skip
+        ids, targets = self._masked(encoded["input_ids"], draw=draw)
+        return {"input_ids": ids, "attention_mask": encoded["attention_mask"]}, targets
+
+    def _masked(self, ids: Tensor, *, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        def chance(share: float) -> Tensor:
+            return torch.rand(ids.shape, generator=draw) < share
+
+        words = len(SPECIAL)
+        chosen = chance(MASKED) & (ids >= words)
+        targets = ids.where(chosen, IGNORED)
+        hidden = chosen & chance(HIDDEN)
+        replaced = chosen & ~hidden & chance(REPLACED / (1 - HIDDEN))
+        others = torch.randint(words, len(self.tokenizer), ids.shape, generator=draw)
+        ids = ids.masked_fill(hidden, self.tokenizer.mask_token_id)
+        return ids.where(~replaced, others), targets
+
+
+def _bert(sizes: Sizes) -> BertConfig:
+    return BertConfig(
+        vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads, intermediate_size=4 * sizes.hidden,
+        max_position_embeddings=sizes.positions,
+    )  # fmt: skip
+
+
+def _albert(sizes: Sizes) -> AlbertConfig:
+    return AlbertConfig(
+        vocab_size=sizes.vocabulary, embedding_size=sizes.hidden // 2, hidden_size=sizes.hidden,
+        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, intermediate_size=4 * sizes.hidden,
+        max_position_embeddings=sizes.positions, classifier_dropout_prob=0.1,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+
+
+def _distilbert(sizes: Sizes) -> DistilBertConfig:
+    return DistilBertConfig(
+        vocab_size=sizes.vocabulary, dim=sizes.hidden, n_layers=sizes.layers // 2, n_heads=sizes.heads,
+        hidden_dim=4 * sizes.hidden, max_position_embeddings=sizes.positions,
+    )  # fmt: skip
+
+
+def _pretrain(model: Any, batches: Iterator[Batch], *, how: Pretraining, on_step: OnStep) -> None:
+    def loss_of(batch: Batch) -> Tensor:
+        inputs, targets = batch
+        found = model.base_model(**inputs)
+        asked = targets != IGNORED
+        # Only where a word is to be predicted: over a whole vocabulary this costs more than all layers.
+        predict = model.predictions if isinstance(model, AlbertForPreTraining) else model.cls.predictions
+        words = predict(found.last_hidden_state[asked])
+        first, second = found.pooler_output.chunk(2)
+        alike = first @ second.T / first.shape[1] ** 0.5
+        own = torch.arange(len(alike))
+        return cross_entropy(words, targets[asked]) + (cross_entropy(alike, own) + cross_entropy(alike.T, own)) / 2
+
+    _steps(model, batches, loss_of=loss_of, how=how, on_step=on_step)
+
+
+def _distilled(teacher: Any, pairs: Pairs, *, sizes: Sizes, how: Pretraining, on_step: OnStep) -> DistilBertForMaskedLM:
+    """Half of the teacher's layers, taught by it with Sanh et al.'s three losses. No pooler, no token types."""
+    student = DistilBertForMaskedLM(_distilbert(sizes))
+    student.load_state_dict(_half_of(teacher.state_dict(), layers=sizes.layers), strict=False)
+    teacher.eval()
+
+    def loss_of(batch: Batch) -> Tensor:
+        inputs, targets = batch
+        asked = targets != IGNORED
+        with torch.no_grad():
+            theirs = teacher.bert(**inputs).last_hidden_state
+            taught = teacher.cls.predictions(theirs[asked])
+        ours = student.distilbert(**inputs).last_hidden_state
+        words = student.vocab_layer_norm(student.activation(student.vocab_transform(ours[asked])))
+        said = student.vocab_projector(words)
+        real = inputs["attention_mask"].bool()
+        at, to = (log_softmax(logits / TEMPERATURE, dim=-1) for logits in (said, taught))
+        return (
+            TEACHER * TEMPERATURE**2 * kl_div(at, to, log_target=True, reduction="batchmean")
+            + WORDS * cross_entropy(said, targets[asked])
+            + DIRECTION * cosine_embedding_loss(ours[real], theirs[real], torch.ones(int(real.sum())))
+        )
+
+    _steps(student, pairs.batches(), loss_of=loss_of, how=how, on_step=on_step)
+    return student
+
+
+def _half_of(teacher: dict[str, Tensor], *, layers: int) -> dict[str, Tensor]:
+    """A DistilBertForMaskedLM's tensors from a BertForPreTraining's: every second layer under the student's names."""
+    names = {
+        "attention.self.query": "attention.q_lin",
+        "attention.self.key": "attention.k_lin",
+        "attention.self.value": "attention.v_lin",
+        "attention.output.dense": "attention.out_lin",
+        "attention.output.LayerNorm": "sa_layer_norm",
+        "intermediate.dense": "ffn.lin1",
+        "output.dense": "ffn.lin2",
+        "output.LayerNorm": "output_layer_norm",
+    }
+    tensors = {
+        f"distilbert.embeddings.{name}": teacher[f"bert.embeddings.{name}"]
+        for name in ("word_embeddings.weight", "position_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
+    }
+    for place, layer in enumerate(range(0, layers // 2 * 2, 2)):
+        for theirs, ours in names.items():
+            for part in ("weight", "bias"):
+                source = teacher[f"bert.encoder.layer.{layer}.{theirs}.{part}"]
+                tensors[f"distilbert.transformer.layer.{place}.{ours}.{part}"] = source
+    head = "cls.predictions"
+    return tensors | {
+        "vocab_transform.weight": teacher[f"{head}.transform.dense.weight"],
+        "vocab_transform.bias": teacher[f"{head}.transform.dense.bias"],
+        "vocab_layer_norm.weight": teacher[f"{head}.transform.LayerNorm.weight"],
+        "vocab_layer_norm.bias": teacher[f"{head}.transform.LayerNorm.bias"],
+        "vocab_projector.weight": teacher["bert.embeddings.word_embeddings.weight"],
+        "vocab_projector.bias": teacher[f"{head}.bias"],
+    }
+
+
+def _steps(
+    model: Any,
+    batches: Iterator[Batch],
+    *,
+    loss_of: Callable[[Batch], Tensor],
+    how: Pretraining,
+    on_step: OnStep,
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=how.learning_rate, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS) * (1 - 0.95 * step / max(1, how.steps))
+    )
+    model.train()
+    for step, batch in enumerate(islice(batches, how.steps)):
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        on_step(step + 1, how.steps, loss.item())
+    model.eval()

@@ -1,0 +1,167 @@
+"""`silotune lab run` of a grid: a run for each combination, one after another or several at once.
+
+    OUT/grid.json            the cells
+    OUT/cells/NAME/          each is a run as it would be alone (deploy/lab/run.py)
+    OUT/models/NAME/         base models that were made
+
+What is done is in the folder, so a grid that was killed goes on when the same command is typed again, and one that is
+typed with more seeds has more cells. Several machines share the work with `--part`, and a folder.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from client_agent.taskdir import read_json, write_json
+from coordinator.terminal import duration
+from deploy.lab.models import directory_of
+from deploy.lab.plan import Cell
+from deploy.lab.run import METRICS, Plan, Say, run
+from deploy.local import CommandFailed
+from protos.errors import Conflict, SilotuneError
+
+GRID, CELLS, MODELS, LOG = "grid.json", "cells", "models", "lab.log"
+
+
+class Stopped(Exception):
+    """Whoever started the grid wants it to end."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    name: str
+    sentence: str
+
+
+def run_grid(cells: Sequence[Cell], *, out: Path, jobs: int, part: tuple[int, int], say: Say) -> list[Failed]:
+    """Runs the cells that are not done yet, `jobs` at once; of part (i, n) every n-th from the i-th on. What failed.
+
+    KeyboardInterrupt ends it as soon as no cell is in the middle of starting; all goes on later.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _record(cells, out=out)
+    own = cells[part[0] - 1 :: part[1]]
+    waiting = [cell for cell in own if not is_done(out / CELLS / cell.name)]
+    say(f"{len(own)} cells, {len(own) - len(waiting)} of them done." if own != waiting else f"{len(own)} cells.")
+    stop = threading.Event()
+    failed: list[Failed] = []
+    clock = _Clock(waiting)
+    with ThreadPoolExecutor(jobs) as pool:
+        running: dict[Future[Failed | None], Cell] = {}
+        try:
+            for cell in waiting:
+                if len(running) == jobs:
+                    failed += _finish(running, clock=clock, say=say)
+                running[pool.submit(_run_cell, cell, out=out, stop=stop, say=say)] = cell
+            while running:
+                failed += _finish(running, clock=clock, say=say)
+        except BaseException:
+            stop.set()
+            raise
+    return failed
+
+
+def is_done(cell: Path) -> bool:
+    have = read_json(cell / METRICS)
+    return have is not None and have["job"]["state"] == "COMPLETED"
+
+
+def read_grid(out: Path) -> list[dict[str, Any]] | None:
+    """[{"name", "axes"}] of the cells that were ever wanted in `out`; None: no grid was run there."""
+    have = read_json(out / GRID)
+    return None if have is None else have["cells"]
+
+
+def _record(cells: Sequence[Cell], *, out: Path) -> None:
+    have = read_grid(out)
+    if have is None and (out / METRICS).exists():
+        raise Conflict(f"{out} holds a single experiment.", hint="Give another folder with --out.")
+    known = {cell["name"]: cell for cell in have or []}
+    known |= {cell.name: {"name": cell.name, "axes": dict(cell.axes)} for cell in cells}
+    write_json(out / GRID, {"schema_version": "1", "cells": list(known.values())})
+
+
+def _run_cell(cell: Cell, *, out: Path, stop: threading.Event, say: Say) -> Failed | None:
+    def check() -> None:
+        if stop.is_set():
+            raise Stopped
+
+    place = out / CELLS / cell.name
+    place.parent.mkdir(exist_ok=True)
+    log = (out / CELLS / f"{cell.name}.{LOG}").open("a", buffering=1)
+    with log:
+        try:
+            check()
+            plan = _with_models(cell, out=out, say=say)
+            job = run(plan, out=place, say=lambda line: print(line, file=log), check=check)["job"]
+        except (SilotuneError, CommandFailed) as error:
+            print(error, file=log)
+            return Failed(cell.name, str(error).splitlines()[0])
+    return None if job["state"] == "COMPLETED" else Failed(cell.name, job["sentence"])
+
+
+def _with_models(cell: Cell, *, out: Path, say: Say) -> Plan:
+    """The plan with models that lie somewhere: what is made serves all cells."""
+    plan, models = cell.plan, out / MODELS
+
+    def found(model: Any, name: str) -> Any:
+        if model is None:
+            return None
+        path = directory_of(model, made=models / name, threads=plan.threads, say=say)
+        return model.model_copy(update={"path": str(path), "hub": None, "make": None})
+
+    experiment = plan.experiment
+    teachers = {name: found(model, name) for name, model in experiment.teachers.items()}
+    model = found(experiment.model, str(cell.axes.get("model", "model")))
+    return replace(plan, experiment=experiment.model_copy(update={"model": model, "teachers": teachers}))
+
+
+def _finish(running: dict[Future[Failed | None], Cell], *, clock: _Clock, say: Say) -> list[Failed]:
+    """Waits until one of the cells has ended, and says so."""
+    failed = []
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        cell, outcome = running.pop(future), future.result()
+        words = f"failed: {outcome.sentence}" if outcome else "done"
+        say(f"{cell.name}: {words} ({clock.ended(cell)})")
+        if outcome:
+            failed.append(outcome)
+    return failed
+
+
+class _Clock:
+    """How long the rest will take, if what a site trains in a round takes as long as until now."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self._began, self._done, self._count = time.monotonic(), 0.0, 0
+        self._cells, self._work = len(cells), sum(map(_tasks, cells))
+
+    def ended(self, cell: Cell) -> str:
+        self._count += 1
+        self._done += _tasks(cell)
+        left = (time.monotonic() - self._began) * (self._work / self._done - 1)
+        rest = f"{duration(left)} to go" if self._count < self._cells else "the last one"
+        return f"{self._count} of {self._cells}; {rest}"
+
+
+def _tasks(cell: Cell) -> float:
+    spec, sites = cell.plan.spec, cell.plan.experiment.sites
+    drawn = sites if spec.cohort.size == "all" else min(sites, spec.cohort.size)
+    # The start of a run takes about as long as some tasks.
+    return 10.0 + spec.rounds * drawn
+
+
+def each_in_turn(say: Callable[[str], None]) -> Say:
+    """`say` for several threads."""
+    turn = threading.Lock()
+
+    def one(line: str) -> None:
+        with turn:
+            say(line)
+
+    return one

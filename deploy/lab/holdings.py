@@ -1,0 +1,100 @@
+"""Who holds what: how the partitions of a grid gave each site its rows, dealt out once more from the recorded seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from client_agent.taskdir import read_json
+from deploy import figures
+from deploy.figures import BLUE, PAPER
+from deploy.lab.experiment import Experiment
+from deploy.lab.grid_figures import Drawing
+from deploy.lab.outcomes import Cell, Study
+from deploy.lab.place import site_rows
+from deploy.lab.run import PLAN
+
+MOST_SITES, MOST_LABELS, MOST_FIGURES = 32, 16, 8
+OTHERS = "others"
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Rows by label for each site; `column` is what the labels are of, empty where rows have none."""
+
+    column: str
+    labels: tuple[str, ...]
+    counts: Mapping[str, tuple[int, ...]]
+
+
+def drawings(study: Study) -> list[tuple[Drawing, Holding]]:
+    """One for each data set, partition and number of sites, of the first seed; those that are not even come first."""
+    first: dict[tuple[Any, ...], Cell] = {}
+    for cell in study.done:
+        sites = len(cell.done["rows"])
+        if 1 < sites <= MOST_SITES:
+            first.setdefault((cell.axes.get("data"), cell.axes.get("partition"), sites), cell)
+    found: list[tuple[Drawing, Holding]] = []
+    for (data, shared, sites), cell in sorted(first.items(), key=lambda entry: entry[0][1] in (None, "uniform")):
+        holding = holding_of(cell)
+        if holding is not None and len(found) < MOST_FIGURES:
+            name = f"holdings_{len(found) + 1}"
+            of = ", ".join(str(word) for word in (data, shared or "the partition", f"{sites} sites") if word)
+            says = (
+                f"Rows by {holding.column} at each site, darker is more; seed {cell.done['spec']['seed']}."
+                if holding.column
+                else f"Rows at each site; seed {cell.done['spec']['seed']}."
+            )
+            found.append((Drawing(name, f"Who holds what: {of}", says, partial(_figure, holding=holding)), holding))
+    return found
+
+
+def holding_of(cell: Cell) -> Holding | None:
+    """None where the rows are not on this machine any more, or the task reads none."""
+    plan = read_json(cell.folder / PLAN)
+    experiment = None if plan is None else Experiment.model_validate(plan["experiment"])
+    if experiment is None or experiment.data is None or not Path(experiment.data.rows).exists():
+        return None
+    column = experiment.partition.by or experiment.data.columns.get("label", "")
+    rows = site_rows(experiment, seed=cell.done["spec"]["seed"])
+    held = {site: Counter(str(row.get(column, "")) for row in own) for site, own in rows.items()}
+    total: Counter[str] = sum(held.values(), Counter())
+    labels = [label for label, _ in total.most_common(MOST_LABELS)]
+    labels.sort()
+    if len(total) > len(labels):
+        labels.append(OTHERS)
+    counts = {site: _counts(own, labels) for site, own in held.items()}
+    return Holding(column, tuple(labels), counts)
+
+
+def _counts(own: Mapping[str, int], labels: Sequence[str]) -> tuple[int, ...]:
+    named = [own.get(label, 0) for label in labels if label != OTHERS]
+    return (*named, sum(own.values()) - sum(named)) if OTHERS in labels else tuple(named)
+
+
+def _figure(study: Study, ink: str, *, holding: Holding) -> Figure:
+    sites, counts = list(holding.counts), list(holding.counts.values())
+    made, axes = figures.figure(height_inches=1.6 + 0.24 * len(sites))
+    paper = PAPER["light" if ink == figures.INK["light"] else "dark"]
+    shades = LinearSegmentedColormap.from_list("rows", [paper, BLUE])
+    drawn = axes.imshow(counts, aspect="auto", cmap=shades, vmin=0)
+    axes.set_yticks(range(len(sites)), sites)
+    axes.set_xticks(range(len(holding.labels)), holding.labels)
+    if len("".join(holding.labels)) > 30:
+        axes.tick_params(axis="x", rotation=60)
+    axes.set_xlabel(holding.column)
+    axes.grid(visible=False)
+    totals = axes.twinx()
+    totals.set_ylim(axes.get_ylim())
+    totals.set_yticks(range(len(sites)), [f"{sum(own):,}" for own in counts])
+    totals.set_ylabel("rows in all")
+    totals.grid(visible=False)
+    made.colorbar(drawn, ax=axes, label="rows", shrink=0.8, pad=0.14)
+    return made

@@ -1,0 +1,56 @@
+"""The base models of an experiment: where they lie, or made here, once."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from client_agent.models import HUB_PATTERNS
+from deploy.lab.experiment import LabModel, SmallEncoder
+from deploy.local import LocalFederation
+from protos.errors import NotFound
+
+MAKE_SECONDS = 24 * 3600.0
+
+
+def directory_of(wanted: LabModel, *, made: Path, threads: int, say: Callable[[str], None]) -> Path:
+    """Where the model lies; one that is to be made is made at `made`, unless it is there.
+
+    NotFound: the hub cache of this machine does not hold it. CommandFailed: it could not be made.
+    """
+    if wanted.path is not None:
+        return Path(wanted.path)
+    if wanted.hub is not None:
+        return _in_hub_cache(wanted.hub)
+    assert wanted.make is not None
+    made.parent.mkdir(parents=True, exist_ok=True)
+    # Several labs may share the folder.
+    with made.with_name(f".{made.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            say(f"Making the base model {made.name}.")
+            unfinished = made.with_name(f"{made.name}.new")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            sizes = {**wanted.make.model_dump(exclude_none=True), "threads": threads or 1}
+            options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+            maker = "make_trio" if isinstance(wanted.make, SmallEncoder) else "make_llama"
+            words = ["python", "-m", f"deploy.lab.{maker}", str(unfinished), *options]
+            LocalFederation(made.parent).run(*words, timeout_seconds=MAKE_SECONDS)
+            unfinished.rename(made)
+    return made
+
+
+def _in_hub_cache(repository: str) -> Path:
+    # Here, because it loads slowly.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=HUB_PATTERNS, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise NotFound(
+            f"The hub cache of this machine does not hold {repository}.",
+            hint=f"`hf download {repository}` puts it there.",
+        ) from None

@@ -1,0 +1,79 @@
+"""Which cells a grid has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploy.lab.plan import Typed, cells
+from protos.errors import InvalidInput, RecipeInvalid
+
+RECIPE = """\
+name = "small"
+rounds = 2
+
+[task]
+type = "synthetic"
+payload_mb = 0.01
+
+[local]
+steps = 1
+"""
+LAB = """\
+sites = 3
+
+[grid]
+sites = [1, 4]
+seeds = [1, 2]
+variants = ["plain", "alone", "noisy"]
+
+[variants.plain]
+[variants.alone]
+sites = 1
+[variants.noisy]
+changes = { "task.noise" = 0.5, "rounds" = 5 }
+"""
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "lab.toml").write_text(LAB)
+    return tmp_path
+
+
+def test_a_grid_has_a_cell_for_each_combination_and_whole_seeds_come_first(directory: Path) -> None:
+    found = cells(directory)
+    assert len(found) == len({cell.name for cell in found}) == 12
+    assert [cell.axes["seed"] for cell in found] == [1] * 6 + [2] * 6
+    first = found[0]
+    assert (first.name, dict(first.axes)) == ("sites-1,plain,seed-1", {"seed": 1, "sites": 1, "variant": "plain"})
+    by_name = {cell.name: cell.plan for cell in found}
+    noisy = by_name["sites-4,noisy,seed-2"]
+    assert (noisy.experiment.sites, noisy.spec.rounds, noisy.spec.seed) == (4, 5, 2)
+    assert by_name["sites-4,alone,seed-2"].experiment.sites == 1
+
+
+def test_what_is_typed_comes_before_what_is_written(directory: Path) -> None:
+    axes = {"sites": ["2"], "seeds": ["7"], "variants": ["noisy"]}
+    (cell,) = cells(directory, Typed(axes=axes, rounds=3, changes=("task.noise=0.25",)))
+    assert (cell.name, cell.plan.spec.rounds) == ("sites-2,noisy,seed-7", 3)
+    assert cell.plan.spec.task.model_dump()["noise"] == 0.25
+
+
+def test_several_values_make_a_grid_of_a_recipe_that_has_none(directory: Path) -> None:
+    (directory / "lab.toml").write_text("sites = 3\n")
+    (alone,) = cells(directory, Typed(axes={"sites": ["5"], "seeds": ["3"]}))
+    assert (alone.name, alone.plan.experiment.sites, alone.plan.spec.seed) == ("", 5, 3)
+    assert [cell.name for cell in cells(directory, Typed(axes={"sites": ["5", "6"]}))] == ["sites-5", "sites-6"]
+
+
+def test_an_axis_that_names_what_is_not_there_fails_before_anything_runs(directory: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"no \[variants.missing\]") as caught:
+        cells(directory, Typed(axes={"variants": ["missing"]}))
+    assert caught.value.hint == "There are plain, alone, noisy."
+    with pytest.raises(InvalidInput, match="sites"):
+        cells(directory, Typed(axes={"sites": ["many"]}))
+    with pytest.raises(RecipeInvalid, match=r"task\.loudness is not a known key"):
+        cells(directory, Typed(changes=("task.loudness=1",)))
