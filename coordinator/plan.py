@@ -345,7 +345,8 @@ def _alike(one: JobSpec, other: JobSpec) -> bool:
 
     def key(spec: JobSpec) -> tuple[object, ...]:
         base = spec.base_model and spec.base_model.model_copy(update={"digest": None, "revision": None})
-        return spec.task.type, base, spec.method.type, spec.local.gradient_checkpointing, spec.local.compile
+        local = spec.local
+        return spec.task.type, base, spec.method.type, local.gradient_checkpointing, local.compile, local.mentor
 
     return key(one) == key(other)
 

@@ -128,6 +128,15 @@ def _lines(spec: jobspec.JobSpec, made: Plan) -> list[tuple[str, bool]]:
             True,
         )
     ]
+    if "svd" in (spec.encoding.up, spec.encoding.down):
+        said.append(
+            (
+                "With svd these are the most that it can be: how few directions hold the rest, only training shows.",
+                False,
+            )
+        )
+    if spec.local.mentor:
+        said.append(("What a mentor needs of a site's memory and disk is not in the estimates.", False))
     if book.evaluation_bytes:
         said.append((f"Evaluation: {_mib(book.evaluation_bytes)} down besides.", False))
     if book.distillation_bytes:

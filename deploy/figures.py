@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A"
-# Lines that differ by colour, by marker and by dashes; after the last they begin anew.
+# Lines that differ by colour, by marker and by dashes.
 STYLES = (
     {"color": BLUE, "marker": "o", "linestyle": "-"},
     {"color": VERMILION, "marker": "s", "linestyle": "--"},
@@ -75,7 +75,9 @@ def panels(titles: Sequence[str], *, height_inches: float) -> tuple[Figure, list
 
 
 def style(number: int) -> Mapping[str, Any]:
-    return STYLES[number % len(STYLES)]
+    """Of a line; where there are more lines than colours, the same colour has another marker and other dashes."""
+    again, place = divmod(number, len(STYLES))
+    return {**STYLES[(place + 3 * again) % len(STYLES)], "color": STYLES[place]["color"]}
 
 
 @contextmanager

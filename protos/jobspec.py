@@ -23,6 +23,7 @@ from protos.recipe_errors import explain
 from protos.recipe_local import Local as Local
 from protos.recipe_local import Mentor as Mentor
 from protos.recipe_local import Schedule as Schedule
+from protos.recipe_local import WarmHead as WarmHead
 from protos.recipe_methods import BaseModelRef as BaseModelRef
 from protos.recipe_methods import Full as Full
 from protos.recipe_methods import Lora as Lora
@@ -121,6 +122,7 @@ LATER_KEYS: tuple[tuple[tuple[str, ...], Any], ...] = (
     (("local", "compile"), False),
     (("local", "mentor"), None),
     (("local", "proximal"), 0.0),
+    (("local", "warm_head"), None),
     (("local", "schedule", "over"), "rounds"),
     (("local", "schedule", "one_based"), False),
     (("base_model", "revision"), None),
@@ -192,6 +194,8 @@ class JobSpec(Part):
         rule, method, encoding = self.aggregation.rule, self.method, self.encoding
         if self.base_model and self.base_model.quantization != "none" and not isinstance(method, Lora):
             raise ValueError("quantization freezes the base model, so it needs method lora")
+        if self.local.warm_head and not (isinstance(self.task, Classification) and isinstance(method, Full)):
+            raise ValueError("warm_head trains a classifier's new head alone at first, so it needs method full")
         mixed = isinstance(method, Lora) and any(rank != method.rank for rank in method.ranks.values())
         how = self.aggregation
         check_robust(how.robust, report=how.report, rule=rule, mixed_ranks=mixed, quorum=self.cohort.quorum)
@@ -249,7 +253,9 @@ class JobSpec(Part):
 
     def learning_rate_at(self, round_number: int, *, part: float = 0.0) -> float:
         """The local learning rate in round 1 .. rounds once `part` of the round is done, 0 to 1."""
-        schedule = self.local.schedule
+        schedule, warm = self.local.schedule, self.local.warm_head
+        if warm and round_number <= warm.rounds:
+            return warm.learning_rate
         progress = schedule.progress(round_number=round_number, rounds=self.rounds, part=part)
         if schedule.type == "linear":
             scale = 1 - (1 - schedule.final) * progress
@@ -278,7 +284,7 @@ class JobSpec(Part):
 
     def is_distilled(self, round_number: int) -> bool:
         """Whether the aggregate of round 1 .. rounds goes to the house agent before it is committed."""
-        return self.distillation is not None and round_number % self.distillation.every == 0
+        return self.distillation is not None and round_number > 0 and round_number % self.distillation.every == 0
 
     def is_evaluated(self, version: int) -> bool:
         """Whether version 0 .. rounds is measured on validation data."""

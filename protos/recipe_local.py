@@ -59,6 +59,15 @@ class Mentor(Part):
         return self
 
 
+class WarmHead(Part):
+    """In the first rounds the head alone is trained, so that what was pre-trained is not changed for the sake of random
+    weights (linear probing before fine-tuning: Kumar et al. 2022, arXiv:2202.10054)."""
+
+    rounds: Annotated[int, Field(ge=1)] = 1
+    # Of these rounds, whatever the schedule.
+    learning_rate: Annotated[float, Field(gt=0, le=1000)]
+
+
 class Local(Part):
     """Training at a site within one round: a number of passes over its rows, or of optimizer steps."""
 
@@ -86,6 +95,7 @@ class Local(Part):
     compile: bool = False
     schedule: Schedule = Schedule()
     mentor: Mentor | None = None
+    warm_head: WarmHead | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Local:
@@ -102,7 +112,8 @@ class Local(Part):
         if self.mentor is None:
             return
         # What divides the losses is of a whole batch, and a checkpoint is of one model.
-        for key in ("checkpoint_seconds", "micro_batch_size", "gradient_checkpointing", "compile", "proximal"):
+        alone = ("checkpoint_seconds", "micro_batch_size", "gradient_checkpointing", "compile", "proximal", "warm_head")
+        for key in alone:
             if getattr(self, key):
                 raise ValueError(f"a mentor and the model train side by side, a whole batch at a time: no {key}")
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from client_agent.settings import DataSet
-from client_agent.taskdir import TaskSpec
+from client_agent.taskdir import TaskSpec, sync
 from client_agent.training.answers import KINDS, Change, Score, judge
 from client_agent.training.model import Model
 from client_agent.training.prompts import boundary_ids
@@ -69,7 +69,7 @@ def reply(
     model.network.eval()
     network: Any = model.network
     positions = getattr(network.config, "max_position_embeddings", None) or 1 << 30
-    asked = _prompts(questions, tokenizer=model.tokenizer)
+    asked = _prompts(tuple(questions), tokenizer=model.tokenizer)
     longest = max(len(ids) for prompt in asked for ids in prompt.options)
     max_new_tokens = max_new_tokens or longest
     room = positions - max(max_new_tokens, longest)
@@ -165,10 +165,11 @@ def measure(benchmark: str, replies: Sequence[Reply], *, first: Sequence[Reply] 
 
 
 def write_replies(replies: Sequence[Reply], *, path: Path) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, also after a power cut: later versions are compared with what version 0 answered."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(json.dumps(asdict(each)) + "\n" for each in replies))
+    sync(temporary)
     temporary.rename(path)
 
 
@@ -185,7 +186,9 @@ class _Prompt:
     options: tuple[Ids, ...]
 
 
-def _prompts(questions: Sequence[Question], *, tokenizer: Any) -> list[_Prompt]:
+# Every version is asked the same; one table of each benchmark, as long as the tokenizer is the same one.
+@lru_cache(maxsize=len(BENCHMARKS))
+def _prompts(questions: tuple[Question, ...], *, tokenizer: Any) -> list[_Prompt]:
     pairs = [(question.prompt, option) for question in questions for option in question.options]
     texts, options = [text for text, _ in pairs], [option for _, option in pairs]
     found = zip(*boundary_ids(texts, options, tokenizer=tokenizer, special=True), strict=True)

@@ -137,8 +137,10 @@ class CausalLanguageModel:
                 f"The base model {name!r} is no causal language model: it lacks {lacks}.",
                 hint="Name a decoder with its output layer (its architecture ends in ForCausalLM).",
             )
-        # Flash attention is told where rows end, and could not be tried before the model is on its GPU.
-        if self.task.packing and not _is_flash(network) and not _keeps_rows_apart(network):
+        # Flash attention is told where rows end, and could not be tried before the model is on its GPU. What a layer
+        # of another kind carries on from token to token knows no ends.
+        apart = self.task.packing and (not _is_hybrid(network) if _is_flash(network) else _keeps_rows_apart(network))
+        if self.task.packing and not apart:
             raise InvalidInput(
                 f"The base model {name!r} lets packed rows see one another with this attention.",
                 hint='Set packing = false under [task], or attention = "sdpa" under [base_model], in the recipe.',
@@ -211,6 +213,12 @@ class CausalLanguageModel:
 
 def _is_flash(network: Any) -> bool:
     return str(network.config._attn_implementation).startswith("flash")
+
+
+def _is_hybrid(network: Any) -> bool:
+    """Whether some of its layers are no attention that is written out: recurrences, convolutions, linear attention."""
+    kinds = getattr(network.config, "layer_types", None) or ()
+    return network._is_stateful or any(not kind.endswith("attention") or kind.startswith("linear") for kind in kinds)
 
 
 def _packed(tokens: CausalTokens, *, length: int) -> CausalTokens:

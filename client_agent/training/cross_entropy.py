@@ -1,14 +1,13 @@
 """The cross entropy over a large vocabulary, whose float32 values are made for some of the rows at a time.
 
 torch's own keeps the float32 log-probabilities for the way back and makes two more tensors of their size there. With
-128,000 words that is most of a step's memory. Here the logits stay as the model computed them, with one number for each
-row beside them, and their gradient has their type, so what is kept and made is a third (Hsu et al. 2024, Liger Kernel,
-arXiv:2410.10989, go further: they never hold all logits, and need the output layer's weights for it).
+128,000 words that is most of a step's memory. Here the gradient is made with the loss and takes the logits' precision,
+so that beside the logits only one tensor of their size is ever there (Hsu et al. 2024, Liger Kernel, arXiv:2410.10989,
+go further: they never hold all logits, and need the output layer's weights for it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,29 +28,20 @@ def cross_entropy_sum(logits: Tensor, classes: Tensor) -> Tensor:
 class _InParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, classes: Tensor) -> Tensor:
-        scales = torch.empty(len(logits), device=logits.device)
-        right = torch.empty(len(logits), device=logits.device)
-        for rows in _parts(logits):
-            values = logits[rows].float()
-            torch.logsumexp(values, dim=1, out=scales[rows])
-            right[rows] = values.gather(1, classes[rows, None]).squeeze(1)
-        ctx.save_for_backward(logits, classes, scales)
-        return (scales - right).sum()
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), device=logits.device)
+        count = max(1, PART_VALUES // logits.shape[1])
+        for start in range(0, len(logits), count):
+            rows = slice(start, start + count)
+            logs, right = logits[rows].log_softmax(dim=1, dtype=torch.float32), classes[rows, None]
+            found = logs.gather(1, right)
+            total -= found.sum()
+            if gradient is not None:
+                gradient[rows] = logs.exp_().scatter_(1, right, found.exp() - 1)
+        ctx.save_for_backward(gradient)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, classes, scales = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        for rows in _parts(logits):
-            shares = (logits[rows].float() - scales[rows, None]).exp_()
-            place = classes[rows, None]
-            shares.scatter_(1, place, shares.gather(1, place) - 1)
-            torch.mul(shares, gradients[0], out=shares)
-            result[rows] = shares
-        return result, None
-
-
-def _parts(logits: Tensor) -> Iterator[slice]:
-    rows = max(1, PART_VALUES // logits.shape[1])
-    for start in range(0, len(logits), rows):
-        yield slice(start, start + rows)
+        # In place: torch refuses to use it a second time.
+        return ctx.saved_tensors[0].mul_(gradients[0]), None

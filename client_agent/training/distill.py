@@ -247,7 +247,7 @@ def _descend(
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1 - (done - 1) / steps)
         value = loss(batch)
-        losses.append(float(value))
+        losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
             raise _diverged(f"the loss became {losses[-1]} in step {done} of {steps}")
         value.backward()

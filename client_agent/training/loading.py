@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -42,6 +43,18 @@ def load_version(model: Model, *, path: Path, spec: jobspec.JobSpec, round_numbe
                 tensor.copy_(shard_like(tensor, file.get_tensor(name)))
     model.federated.clear()
     model.federated.update(federated)
+    if isinstance(spec.method, jobspec.Full):
+        warm = spec.local.warm_head
+        _hold_body(model, held=warm is not None and site is not None and round_number <= warm.rounds)
+
+
+def _hold_body(model: Model, *, held: bool) -> None:
+    """Whether the head alone is trained. An update has all of the tensors in either case."""
+    network: Any = model.network
+    body = set(network.base_model.parameters())
+    for name, parameter in network.named_parameters():
+        if name in model.shapes:
+            parameter.requires_grad_(not held or parameter not in body)
 
 
 def check_tensors(path: Path, *, expected: Mapping[str, tuple[int, ...]]) -> None:

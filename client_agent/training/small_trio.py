@@ -14,6 +14,7 @@ size too little in minutes. The same texts, sizes and seed give the same model.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn.functional import cosine_embedding_loss, cross_entropy, kl_div, log_softmax
 from transformers import (
@@ -108,15 +109,22 @@ def make(
 
 
 def make_tokenizer(texts: Sequence[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
-    """WordPiece of at most `vocabulary` tokens, upper and lower case apart, as the "cased" models have it."""
-    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    pieces.normalizer = normalizers.BertNormalizer(lowercase=False)
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    """WordPiece of at most `vocabulary` tokens, upper and lower case apart, as the "cased" models have it.
+
+    They are all letters and the most frequent words: the library's own trainer has another order in each process.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=False), pre_tokenizers.BertPreTokenizer()
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    letters = sorted({letter for word in counts for letter in word})
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    tokens = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words][:vocabulary]
+    pieces = Tokenizer(models.WordPiece({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]"))
+    pieces.normalizer = normalizer
+    pieces.pre_tokenizer = splitter
     pieces.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False)
-    pieces.train_from_iterator(texts, trainer)
-    begin, end = (pieces.token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    pieces.post_processor = processors.BertProcessing(("[SEP]", end), ("[CLS]", begin))
+    pieces.post_processor = processors.BertProcessing(
+        ("[SEP]", SPECIAL.index("[SEP]")), ("[CLS]", SPECIAL.index("[CLS]"))
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=pieces,
         pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",

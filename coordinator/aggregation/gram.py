@@ -13,8 +13,8 @@ from coordinator.aggregation.reading import BLOCK_ELEMENTS, DTYPES, Reader
 from coordinator.aggregation.robust import Matrix
 from protos.tensors import Layout
 
-# Of all updates together: 4 MiB of float64.
-STACK_ELEMENTS = 1 << 19
+# Of all updates together: 2 MiB of float64, beside which a sort or a difference needs as much again.
+STACK_ELEMENTS = 1 << 18
 # What an encoded update is read in multiples of.
 ENCODED_ELEMENTS = 256
 

@@ -72,6 +72,7 @@ class AgentService:
         self._lease_seconds = lease_seconds
         self._client_days = client_days
         self._board = Board(store.work.sites_with_work)
+        self._live_jobs = Board(store.work.live_jobs)
         self._seen: dict[str, tuple[float, pb.AgentInfo | None]] = {}
         self._checks: dict[tuple[str, int], asyncio.Future[Result | str]] = {}
         # Whole updates are read in threads of their own: heartbeats and leases share the others.
@@ -87,20 +88,27 @@ class AgentService:
         await self._see(site, agent=request.agent)
         until = time.monotonic() + min(max(0.0, request.wait_seconds), MAX_WAIT_SECONDS)
         holding = tuple(request.holding[:100])
-        ended = await asyncio.to_thread(self._store.work.ended, request.keeps[:MAX_KEPT_JOBS])
+        ended_before = ended = await self._ended(request)
         lease = partial(self._store.work.lease, site, lease_seconds=self._lease_seconds, holding=holding)
         while True:
             grant = None
-            if not self._doorbell.closed and await self._board.has_work(site):
+            if not self._doorbell.closed and await self._board.has(site):
                 grant = await asyncio.to_thread(lease)
             if grant is not None:
                 self._wake_controller()
                 return pb.LeaseTaskResponse(task=self._task(grant), ended=ended)
-            left = until - time.monotonic()
-            if self._doorbell.closed or left <= 0:
+            left, ended = until - time.monotonic(), await self._ended(request)
+            # An agent that was told before and could not clear away must not ask again and again.
+            if self._doorbell.closed or left <= 0 or ended != ended_before:
                 why = "The coordinator is restarting." if self._doorbell.closed else "No job needs this site now."
                 return pb.LeaseTaskResponse(sentence=why, ended=ended)
             await self._doorbell.wait(seconds=min(left, LOOK_SECONDS))
+
+    async def _ended(self, request: pb.LeaseTaskRequest) -> list[str]:
+        """Of the jobs that the agent keeps something of: those that will not go on, or that nobody here knows."""
+        keeps = request.keeps[:MAX_KEPT_JOBS]
+        live = await asyncio.gather(*(self._live_jobs.has(job) for job in keeps))
+        return [job for job, goes_on in zip(keeps, live, strict=True) if not goes_on]
 
     def _task(self, grant: Grant) -> pb.Task:
         task, spec = grant.task, jobspec.from_json(grant.spec_json)

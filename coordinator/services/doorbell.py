@@ -36,19 +36,19 @@ class Doorbell:
 
 
 class Board:
-    """Which sites have work. `look` reads it, in a thread."""
+    """Names that something is true of, such as the sites that have work. `look` reads them, in a thread."""
 
     def __init__(self, look: Callable[[], frozenset[str]]) -> None:
         self._look = look
         self._turn = asyncio.Lock()
         self._next: asyncio.Task[frozenset[str]] | None = None
 
-    async def has_work(self, site: str) -> bool:
+    async def has(self, name: str) -> bool:
         """From a look that began after this call did. What `look` raises is raised to all who share it."""
         if self._next is None:
             self._next = asyncio.create_task(self._look_in_turn())
         # One who is cancelled does not take the look away from the others.
-        return site in await asyncio.shield(self._next)
+        return name in await asyncio.shield(self._next)
 
     async def _look_in_turn(self) -> frozenset[str]:
         async with self._turn:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, and_, case, insert, or_, select, update
 from coordinator.rounds.state import Fate, JobState, Phase, Task, TaskKind, TaskState
 from coordinator.storage import schema
 from coordinator.storage.database import Database
-from coordinator.storage.grants import Grant, ended_jobs, grant_of
+from coordinator.storage.grants import Grant, grant_of, live_jobs
 from protos.errors import AlreadyExists, Conflict, LeaseFenced, NotFound
 
 # A task that failed this often is not offered again: see rounds.machine.MAX_FAILURES.
@@ -100,12 +100,10 @@ class Work:
             leased = connection.execute(select(tasks).where(tasks.c.id == row.id)).one()
             return grant_of(connection, task_of(leased))
 
-    def ended(self, job_ids: Collection[str]) -> list[str]:
-        """Those of these jobs with which nothing goes on any more, or that nobody here knows."""
-        if not job_ids:
-            return []
+    def live_jobs(self) -> frozenset[str]:
+        """The jobs that go on, or that the operator may let go on."""
         with self._database.read() as connection:
-            return ended_jobs(connection, job_ids)
+            return live_jobs(connection)
 
     def heartbeat(
         self, task_id: str, *, site: str, generation: int, progress: Mapping[str, Any], lease_seconds: float

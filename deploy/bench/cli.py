@@ -69,6 +69,36 @@ def history(*, rounds: int, sites: int, json_file: Path | None) -> None:
             console.print(f"  {name:10} {seconds:8.3f} s")
 
 
+@bench.command()
+@click.option("--sites", default=32, show_default=True, type=click.IntRange(1, 900))
+@click.option("--rounds", default=2, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--steps", default=25, show_default=True, type=click.IntRange(1), help="Of a site in a round.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(0), help="Of the trainer.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+def lab(*, sites: int, rounds: int, steps: int, threads: int, json_file: Path | None) -> None:
+    """Many sites on one machine, beside a plain loop that trains the same steps: the seconds and the memory of both.
+
+    \b
+    silotune bench lab --sites 32 --rounds 2 --json bench/lab.json
+    """
+    from deploy.bench.lab import measure
+
+    figures = measure(sites=sites, rounds=rounds, steps=steps, threads=threads, say=Console(stderr=True).log)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(figures, indent=1))
+    console = Console()
+    console.print(
+        f"Plain loop {figures['plain_seconds']:.1f} s ({figures['plain_seconds_a_task']:.2f} s a task), "
+        f"lab {figures['lab_seconds']:.1f} s: {100 * figures['overhead']:+.1f} %, "
+        f"{1000 * figures['extra_seconds_a_task']:.0f} ms a task"
+    )
+    console.print(
+        f"Largest process {figures['largest_process_rss_bytes'] / 1e6:.0f} MB, "
+        f"all of the lab {figures['all_rss_bytes'] / 1e6:.0f} MB; plain loop {figures['plain_rss_bytes'] / 1e6:.0f} MB"
+    )
+
+
 def _show(console: Console, figures: dict[str, Any]) -> None:
     what, steady = figures["what"], figures["steady"]
     table = Table(title=f"{what['payload_bytes'] / 1e6:.0f} MB x {what['sites']} sites, TLS {what['tls']}")

@@ -18,6 +18,7 @@ class Sampler:
     interval_seconds: float = 0.1
     _marks: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     _peak_rss: dict[str, int] = field(default_factory=dict)
+    _peak_sum: dict[str, int] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -38,23 +39,31 @@ class Sampler:
         """The largest child process of the group that was seen: short-lived workers, trainers."""
         return self._peak_rss.get(group, 0)
 
+    def peak_rss_bytes(self, group: str) -> int:
+        """The most that a group's processes held together; pages that they share count for each."""
+        return self._peak_sum.get(group, 0)
+
     def _run(self) -> None:
         while not self._stop.wait(self.interval_seconds):
             self._marks.append((time.time(), {name: self._cpu(name, pids) for name, pids in self.groups.items()}))
 
     def _cpu(self, name: str, pids: list[int]) -> float:
-        total = 0.0
+        total, rss_bytes = 0.0, 0
         for pid in pids:
             try:
                 root = psutil.Process(pid)
                 times = root.cpu_times()
                 total += times.user + times.system + times.children_user + times.children_system
+                rss_bytes += root.memory_info().rss
                 for child in root.children(recursive=True):
                     times = child.cpu_times()
                     total += times.user + times.system
-                    self._peak_rss[name] = max(self._peak_rss.get(name, 0), child.memory_info().rss)
+                    child_bytes = child.memory_info().rss
+                    rss_bytes += child_bytes
+                    self._peak_rss[name] = max(self._peak_rss.get(name, 0), child_bytes)
             except psutil.NoSuchProcess:
                 continue
+        self._peak_sum[name] = max(self._peak_sum.get(name, 0), rss_bytes)
         return total
 
     def _at(self, group: str, moment: float) -> float:

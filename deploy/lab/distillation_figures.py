@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from deploy import figures
 from deploy.lab.grid_figures import PANEL_INCHES, Drawing, as_share, finish, label_of, part_of, pieces, varied
 from deploy.lab.grid_tables import groups
-from deploy.lab.outcomes import Cell, Study
+from deploy.lab.outcomes import Cell, Study, of_rounds
 
 LOSSES = {
     "aggregate_loss": "aggregate",
@@ -49,7 +49,7 @@ def drawings(study: Study) -> list[Drawing]:
 
 
 def _distils(cell: Cell) -> bool:
-    return any("distillation_kept" in entry["metrics"] for entry in cell.done["rounds"])
+    return bool(of_rounds(cell.done, "distillation_kept"))
 
 
 def _figure(
@@ -73,8 +73,7 @@ def _figure(
 
 
 def _title(study: Study, named: Mapping[str, Any], cells: Sequence[Cell]) -> str:
-    kept = [entry["metrics"]["distillation_kept"] for cell in cells for entry in cell.done["rounds"]
-            if "distillation_kept" in entry["metrics"]]  # fmt: skip
+    kept = [value for cell in cells for _, value in of_rounds(cell.done, "distillation_kept")]
     said = f"kept {sum(kept):.0f} of {len(kept)}"
     label = label_of(study, named, of=list(named))
     return f"{label} ({said})" if label else said
@@ -83,7 +82,6 @@ def _title(study: Study, named: Mapping[str, Any], cells: Sequence[Cell]) -> str
 def _means(cells: Sequence[Cell], name: str) -> list[tuple[int, float]]:
     by_round: dict[int, list[float]] = {}
     for cell in cells:
-        for entry in cell.done["rounds"]:
-            if name in entry["metrics"]:
-                by_round.setdefault(entry["number"], []).append(entry["metrics"][name])
+        for number, value in of_rounds(cell.done, name):
+            by_round.setdefault(number, []).append(value)
     return [(number, mean(values)) for number, values in sorted(by_round.items())]

@@ -67,6 +67,8 @@ class LabData(Part):
     slice_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # Take only so many of the rows, the first ones.
     limit: Annotated[int, Field(ge=1)] | None = None
+    # The share of its rows on which a site measures a model of its own. Not written at 0: a run keeps its plan.
+    site_validation: Annotated[float, Field(ge=0, lt=1, exclude_if=lambda share: not share)] = 0.0
     # More keys of the data set in every site.toml: which column is what.
     columns: dict[str, str] = Field(default_factory=dict)
     # Question sets that the house agent holds: {name: file}.

@@ -128,7 +128,7 @@ def _finish(running: dict[Future[Failed | None], Cell], *, clock: _Clock, say: S
     for future in wait(running, return_when=FIRST_COMPLETED).done:
         cell, outcome = running.pop(future), future.result()
         words = f"failed: {outcome.sentence}" if outcome else "done"
-        say(f"{cell.name}: {words} ({clock.ended(cell)})")
+        say(f"{cell.name}: {words} ({clock.ended(cell, done=outcome is None)})")
         if outcome:
             failed.append(outcome)
     return failed
@@ -141,11 +141,17 @@ class _Clock:
         self._began, self._done, self._count = time.monotonic(), 0.0, 0
         self._cells, self._work = len(cells), sum(map(_tasks, cells))
 
-    def ended(self, cell: Cell) -> str:
+    def ended(self, cell: Cell, *, done: bool) -> str:
         self._count += 1
-        self._done += _tasks(cell)
-        left = (time.monotonic() - self._began) * (self._work / self._done - 1)
-        rest = f"{duration(left)} to go" if self._count < self._cells else "the last one"
+        if done:
+            self._done += _tasks(cell)
+        else:
+            # What failed says nothing about how long the others take.
+            self._work -= _tasks(cell)
+        rest = "the last one"
+        if self._count < self._cells:
+            left = (time.monotonic() - self._began) * (self._work / self._done - 1) if self._done else None
+            rest = "nothing to judge the rest by yet" if left is None else f"{duration(left)} to go"
         return f"{self._count} of {self._cells}; {rest}"
 
 

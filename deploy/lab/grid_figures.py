@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from deploy import figures
 from deploy.figures import GREY, FigureOf
 from deploy.lab.certainty import Mean
-from deploy.lab.grid_tables import SHOWN_AXES, curve, groups, law, summaries
+from deploy.lab.grid_tables import SHOWN_AXES, curve, groups, steps_differ, summaries
 from deploy.lab.outcomes import TARGET_SHARE, Cell, Row, Study
 
 PANEL_INCHES = 3.1
@@ -73,7 +73,7 @@ def drawings(study: Study) -> list[Drawing]:
             f"A line for each {by}: the mean over seeds, in a band from the lowest seed to the highest.",
             partial(_curves, layout=layout, panels=part, by_steps=False),
         ))  # fmt: skip
-        if layout.lines == ("sites",) and law(study):
+        if layout.lines == ("sites",) and steps_differ(study):
             found.append(Drawing(
                 f"steps_law{f'_{number + 1}' if number else ''}", f"{measure} by steps along the averaged path",
                 "The same lines over S = R E n / (K B), the optimizer steps that one site has done: where lines for all"
@@ -185,7 +185,7 @@ def _points_figure(study: Study, ink: str, *, x: str, column: str, label: str) -
         axes.set_xlim(-0.5, len(places) - 0.5)
         axes.set_xlabel("number of sites" if x == "sites" else x)
         if x != "sites" and len(places) > 3:
-            axes.tick_params(axis="x", rotation=30)
+            axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
         as_share(axes, study.metric if column != "aggregation_error" else column)
     finish(figure, all_axes, label=label, wide=len(panels) > 1)
     return figure

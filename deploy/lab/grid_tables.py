@@ -148,12 +148,23 @@ def curve(study: Study, cells: Sequence[Cell], *, by_steps: bool = False) -> lis
     return points
 
 
+def steps_differ(study: Study) -> bool:
+    """Whether a site does another number of steps a round where there are more sites: passes over its rows, not steps.
+
+    Else steps foretell nothing that rounds do not.
+    """
+    each = {row["steps_along_average"] / row["rounds"] for row in study.rows if row.get("rounds")}
+    return len(study.values("sites")) > 1 and len(each) > 1
+
+
 def law(study: Study) -> list[Row]:
     """How well steps along the averaged path, S = R E n / (K B), foretell the figure whatever the number of sites K.
 
     Of each two neighbouring numbers of sites: how far apart their figures are on the mean at equal S, and at equal
     rounds. The law holds where the first is much the smaller.
     """
+    if not steps_differ(study):
+        return []
     families: dict[tuple[Any, ...], dict[int, list[Cell]]] = defaultdict(dict)
     for key, cells in groups(study).items():
         axes = dict(zip(SHOWN_AXES, key, strict=True))

@@ -11,10 +11,11 @@ from typing import Any
 
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from client_agent.taskdir import read_json
 from deploy import figures
-from deploy.figures import BLUE, PAPER
+from deploy.figures import BLUE, PAPER, SKY
 from deploy.lab.experiment import Experiment
 from deploy.lab.grid_figures import Drawing
 from deploy.lab.outcomes import Cell, Study
@@ -23,6 +24,8 @@ from deploy.lab.run import PLAN
 
 MOST_SITES, MOST_LABELS, MOST_FIGURES = 32, 16, 8
 OTHERS = "others"
+# Letters of all labels together that stand beside each other without turning.
+LONG_LABELS = 30
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def drawings(study: Study) -> list[tuple[Drawing, Holding]]:
             name = f"holdings_{len(found) + 1}"
             of = ", ".join(str(word) for word in (data, shared or "the partition", f"{sites} sites") if word)
             says = (
-                f"Rows by {holding.column} at each site, darker is more; seed {cell.done['spec']['seed']}."
+                f"What the rows of each site are by {holding.column}, and how many it has; seed {cell.done['spec']['seed']}."
                 if holding.column
                 else f"Rows at each site; seed {cell.done['spec']['seed']}."
             )
@@ -63,6 +66,8 @@ def holding_of(cell: Cell) -> Holding | None:
     if experiment is None or experiment.data is None or not Path(experiment.data.rows).exists():
         return None
     column = experiment.partition.by or experiment.data.columns.get("label", "")
+    if not column and experiment.partition.kind == "uniform":
+        return None  # All the same, of nothing that is known.
     rows = site_rows(experiment, seed=cell.done["spec"]["seed"])
     held = {site: Counter(str(row.get(column, "")) for row in own) for site, own in rows.items()}
     total: Counter[str] = sum(held.values(), Counter())
@@ -82,19 +87,26 @@ def _counts(own: Mapping[str, int], labels: Sequence[str]) -> tuple[int, ...]:
 def _figure(study: Study, ink: str, *, holding: Holding) -> Figure:
     sites, counts = list(holding.counts), list(holding.counts.values())
     made, axes = figures.figure(height_inches=1.6 + 0.24 * len(sites))
-    paper = PAPER["light" if ink == figures.INK["light"] else "dark"]
-    shades = LinearSegmentedColormap.from_list("rows", [paper, BLUE])
-    drawn = axes.imshow(counts, aspect="auto", cmap=shades, vmin=0)
     axes.set_yticks(range(len(sites)), sites)
+    if not holding.column:
+        axes.barh(range(len(sites)), [sum(own) for own in counts], color=BLUE)
+        axes.set_xlabel("rows")
+        axes.invert_yaxis()
+        return made
+    light = ink == figures.INK["light"]
+    shades = LinearSegmentedColormap.from_list("rows", [PAPER["light"], BLUE] if light else [PAPER["dark"], SKY])
+    shares = [[count / max(1, sum(own)) for count in own] for own in counts]
+    drawn = axes.imshow(shares, aspect="auto", cmap=shades, vmin=0, vmax=1)
     axes.set_xticks(range(len(holding.labels)), holding.labels)
-    if len("".join(holding.labels)) > 30:
-        axes.tick_params(axis="x", rotation=60)
+    if len("".join(holding.labels)) > LONG_LABELS:
+        axes.set_xticks(axes.get_xticks(), holding.labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlabel(holding.column)
     axes.grid(visible=False)
     totals = axes.twinx()
     totals.set_ylim(axes.get_ylim())
     totals.set_yticks(range(len(sites)), [f"{sum(own):,}" for own in counts])
-    totals.set_ylabel("rows in all")
+    totals.set_ylabel("rows of the site")
     totals.grid(visible=False)
-    made.colorbar(drawn, ax=axes, label="rows", shrink=0.8, pad=0.14)
+    bar = made.colorbar(drawn, ax=axes, label="part of the site's rows", shrink=0.8, pad=0.14)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     return made

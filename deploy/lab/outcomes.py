@@ -195,8 +195,8 @@ def row_of(cell: Cell, *, study: Study) -> Row:
     found = summary(metrics)
     rounds = metrics["rounds"]
     steps = steps_at(metrics)
-    errors = [entry["metrics"]["aggregation_error"] for entry in rounds if "aggregation_error" in entry["metrics"]]
-    kept = [entry["metrics"]["distillation_kept"] for entry in rounds if "distillation_kept" in entry["metrics"]]
+    errors = [value for _, value in of_rounds(metrics, "aggregation_error")]
+    kept = [value for _, value in of_rounds(metrics, "distillation_kept")]
     row |= {
         "rounds": found["rounds"],
         "steps_along_average": steps[max(steps)],
@@ -208,6 +208,12 @@ def row_of(cell: Cell, *, study: Study) -> Row:
         row |= {f"{name}_per_round": mean(entry[name] for entry in rounds) for name in ("bytes_up", "bytes_down")}
         row |= {"seconds_per_round": mean(entry["seconds"].get("total", 0.0) for entry in rounds)}
     return row | {"versions": " ".join(f"{name}={text}" for name, text in metrics.get("versions", {}).items())}
+
+
+def of_rounds(metrics: Mapping[str, Any], name: str) -> list[Point]:
+    """(round, value) of what rounds measured of themselves, where they did; releases before did not write it down."""
+    measured = [(entry["number"], entry.get("metrics", {}).get(name)) for entry in metrics["rounds"]]
+    return [(number, value) for number, value in measured if value is not None]
 
 
 def _tested(metrics: Mapping[str, Any]) -> Mapping[str, float]:

@@ -51,7 +51,7 @@ def site_tomls(experiment: Experiment, spec: JobSpec, *, threads: int) -> tuple[
     """site.toml of a site, and of the house agent."""
     if experiment.data is None or spec.data is None:
         return _toml({}, threads=threads), _toml({}, threads=threads)
-    own = {"path": ROWS, "validation": 0.0, **experiment.data.columns}
+    own = {"path": ROWS, "validation": experiment.data.site_validation, **experiment.data.columns}
     return _toml({spec.data.name: own}, threads=threads), _toml(_house(experiment.data, spec), threads=threads)
 
 

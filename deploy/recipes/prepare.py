@@ -67,8 +67,8 @@ def prepare(name: str, *, source: Path, out: Path, validation_share: float) -> d
     """Writes the tables; the number of rows by file. InvalidInput: the source is not this set."""
     published = SETS[name]
     files = _files(source)
-    found = {split: _labelled(paths, published=published, name=name) for split, paths in files.items()}
-    found = {split: rows for split, rows in found.items() if rows}
+    read = {split: _labelled(paths, published=published, name=name) for split, paths in files.items()}
+    found = _in_words({split: rows for split, rows in read.items() if rows}, published=published, name=name)
     if not found.get("train"):
         raise InvalidInput(f"{source} has no training rows with labels.", hint=_WANTED)
     if source.is_file():
@@ -108,9 +108,9 @@ def _files(source: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _labelled(paths: Sequence[Path], *, published: Published, name: str) -> list[dict[str, str]]:
-    """Text and label in words. Rows with label -1, GLUE's sign for one that is kept secret, are left out."""
-    texts, labels, from_one = [], [], False
+def _labelled(paths: Sequence[Path], *, published: Published, name: str) -> list[tuple[str, str]]:
+    """Texts and labels as they are. Rows with label -1, GLUE's sign for one that is kept secret, are left out."""
+    found = []
     for path in paths:
         # Test rows are often published without the column.
         required = "test" not in path.name.lower()
@@ -125,22 +125,31 @@ def _labelled(paths: Sequence[Path], *, published: Published, name: str) -> list
                     f"label: {' or '.join(published.label)}.",
                 )
             label = str(fields.get(column or "", -1)).strip()
-            if label == "-1":
-                continue
-            texts.append(" ".join(str(fields[part]).strip() for part in parts))
-            labels.append(label)
+            text = " ".join(str(fields[part]).strip() for part in parts)
+            if text and label != "-1":
+                found.append((text, label))
+    return found
+
+
+def _in_words(
+    found: Mapping[str, Sequence[tuple[str, str]]], *, published: Published, name: str
+) -> dict[str, list[dict[str, str]]]:
+    """The rows with the labels' names. InvalidInput: there is a label that the set does not have."""
+    given = {label for rows in found.values() for _, label in rows}
     known = {label.casefold(): label for label in published.labels}
-    if labels and all(label.isdigit() for label in labels):
+    if all(label.isdigit() for label in given):
         # Yelp's and AG's own CSV files count from 1, the hub's tables from 0.
-        from_one = "0" not in labels
-        known = {str(place + from_one): label for place, label in enumerate(published.labels)}
-    for label in labels:
-        if label.casefold() not in known:
-            raise InvalidInput(
-                f"{paths[0]}: {label!r} is no label of {name}, which has {', '.join(published.labels)}.",
-                hint="Is it another data set?",
-            )
-    return [{"text": text, "label": known[label.casefold()]} for text, label in zip(texts, labels, strict=True) if text]
+        first = int("0" not in given)
+        known = {str(place): label for place, label in enumerate(published.labels, start=first)}
+    if unknown := sorted(label for label in given if label.casefold() not in known):
+        raise InvalidInput(
+            f"{unknown[0]!r} is no label of {name}, which has {', '.join(published.labels)}.",
+            hint="Is it another data set?",
+        )
+    return {
+        split: [{"text": text, "label": known[label.casefold()]} for text, label in rows]
+        for split, rows in found.items()
+    }
 
 
 def _rows(path: Path, *, places: Sequence[str]) -> Iterator[Row]:

@@ -54,17 +54,17 @@ class Jobs:
     def wait(self, job: str, what: Callable[[dict[str, Any]], Any], *, saying: str, seconds: float = 300) -> Any:
         return self.federation.wait_for(lambda: what(self.show(job)), seconds=seconds, saying=saying)
 
-    def lines(self, site: str, job: str, what: str) -> list[str]:
+    def lines(self, site: str, job: str, what: str, *, task: str = "train") -> list[str]:
         """What the site's log says of its trainings for the job, in lines with the text `what`."""
         return [
             line
             for line in self.federation.nodes[site].log.read_text().splitlines()
-            if what in line and _named(line, "job") == job and _named(line, "task") == "train"
+            if what in line and _named(line, "job") == job and _named(line, "task") == task
         ]
 
-    def trained(self, site: str, job: str) -> list[int]:
+    def trained(self, site: str, job: str, *, task: str = "train") -> list[int]:
         """The rounds that the site's trainer has begun, each as often as it has."""
-        return [int(_named(line, "round")) for line in self.lines(site, job, "The trainer begins.")]
+        return [int(_named(line, "round")) for line in self.lines(site, job, "The trainer begins.", task=task)]
 
     def hold(self, site: str, *rounds: int) -> None:
         """From now on the site's trainings for these rounds begin and do not go on, until each is let go."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from client_agent.models import Models
 from client_agent.settings import DataSet
 from client_agent.taskdir import TaskSpec, checkpoint_step, read_result, write_spec
+from client_agent.training.kinds import kind_of
+from client_agent.training.train import batches
 from deploy.local import LocalFederation
 from protos.jobspec import parse, task_seed
 from tests.federation.conftest import FAST, Jobs
@@ -307,6 +313,65 @@ def test_one_site_and_one_round_equal_local_training_bit_for_bit_although_the_tr
     federation.silotune("model", "export", job, "--round", "1", "--out", str(out))
     exported = (out / "model.safetensors").read_bytes()
     assert exported == (tmp_path / "train" / "update.safetensors").read_bytes()
+
+
+def test_scaffold_is_plain_torch_with_control_variates_although_a_trainer_was_killed(hospital: Jobs) -> None:
+    """Three rounds of two sites; in the second one a trainer dies, so that it begins twice from the same c_k."""
+    federation, steps, rate = hospital.federation, 40, 0.05
+    job = submit(
+        hospital, "scaffold", method='type = "full"\n[aggregation]\nrule = "scaffold"\nweights = "equal"',
+        sites=["parquet", "partial"], rounds=3, steps=steps, rate=rate,
+        checkpoints='optimizer = "sgd"\ncheckpoint_seconds = 0.000001',
+    )  # fmt: skip
+    home = federation.home("parquet")
+    kill_trainer_in_mid_training(hospital, "parquet", home / "tasks" / f"{job}-2-train")
+    shown = hospital.end(job)
+    assert shown["job"]["state"] == "COMPLETED", shown["job"]["sentence"]
+    spec, exported = parse(shown["spec"]), {n: federation.directory / f"export-scaffold-{n}" for n in (0, 3)}
+    for number, directory in exported.items():
+        federation.silotune("model", "export", job, "--round", str(number), "--out", str(directory))
+    codes = {"0": "drug", "1": "lab", "2": "symptom"}
+    data = {
+        "parquet": DataSet(path=str(home / "notes.parquet"), text="note", label="code", validation=0.0, labels=codes),
+        "partial": DataSet(path=str(federation.home("partial") / "notes.jsonl")),
+    }
+    kind, tokenizer = kind_of(spec), AutoTokenizer.from_pretrained(exported[0])
+    tokens = {
+        site: kind.encode(
+            kind.read(table, name="notes", split="train"), tokenizer=tokenizer, on_rows=lambda done, total: None
+        )
+        for site, table in data.items()
+    }
+    network = AutoModelForSequenceClassification.from_pretrained(exported[0]).train()
+    parameters = dict(network.named_parameters())
+    first = version = {name: p.detach().clone() for name, p in parameters.items()}
+    common = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    own = dict.fromkeys(data, common)
+    for number in (1, 2, 3):
+        ends, new = {}, {}
+        for site, rows in tokens.items():
+            seed = task_seed(spec.seed, round_number=number, site=site)
+            for name, p in parameters.items():
+                p.data.copy_(version[name])
+            torch.manual_seed(seed)
+            for batch in islice(batches(len(rows), batch_size=spec.local.batch_size, seed=seed), steps):
+                inputs, labels = rows.batch(batch, device="cpu")
+                network.zero_grad()
+                torch.nn.functional.cross_entropy(network(**inputs).logits, labels).backward()
+                for name, p in parameters.items():
+                    p.data -= rate * (p.grad - own[site][name] + common[name])
+            ends[site] = {name: p.detach().clone() for name, p in parameters.items()}
+            new[site] = {
+                name: own[site][name] - common[name] + (version[name] - end) / (steps * rate)
+                for name, end in ends[site].items()
+            }
+        common = {name: c + sum(new[site][name] - own[site][name] for site in new) / 2 for name, c in common.items()}
+        own, version = new, {name: sum(end[name] for end in ends.values()) / 2 for name in version}
+    theirs = load_file(exported[3] / "model.safetensors")
+    assert theirs.keys() == version.keys()
+    for name, values in version.items():
+        torch.testing.assert_close(theirs[name], values, rtol=1e-4, atol=1e-5)
+    assert max(float((version[name] - first[name]).abs().max()) for name in version) > 0.01
 
 
 def test_a_wrong_row_fails_in_one_sentence_that_names_it(hospital: Jobs) -> None:

@@ -113,3 +113,42 @@ def test_a_spec_with_another_hash_than_its_own_is_refused() -> None:
     assert parse_spec(text, spec_hash=digest_of(text.encode())) == recipe()
     with pytest.raises(InvalidInput, match="hash"):
         parse_spec(text, spec_hash=DIGEST)
+
+
+def test_a_mentor_is_a_base_model_that_the_policy_has_to_name() -> None:
+    spec = recipe(local={"epochs": 1, "mentor": {"base_model": {"name": "large"}}})
+
+    def asked(policy: Policy, kind: str) -> str:
+        found = decide(
+            policy, spec, base_digest=DIGEST, data_rows=100, teacher=spec.beside(kind), teacher_digest="ab" * 32
+        )
+        return found.reason if found.answer is Answer.DENY else ""
+
+    assert "base_models names neither 'large' nor its digest" in asked(OPEN, "train")
+    assert not asked(OPEN, "evaluate"), "who evaluates needs no mentor"
+    for name in ("large", "ab" * 32):
+        assert not asked(OPEN.model_copy(update={"base_models": ("minilm", name)}), "train")
+
+
+def test_distilling_has_to_be_named_and_has_data_and_epochs_of_its_own() -> None:
+    how = {"teacher": {"name": "large"}, "data": "public", "teacher_epochs": 1.5}
+    spec = recipe(distillation=how, local={"epochs": 9})
+    allowed: dict[str, Any] = {
+        "tasks": ("classification", "distill"), "base_models": ("minilm", "large"), "data_sets": ("public",),
+        "max_epochs": 2.5,
+    }  # fmt: skip
+
+    def asked(**changes: Any) -> str:
+        policy = OPEN.model_copy(update={**allowed, **changes})
+        found = decide(
+            policy, spec, base_digest=DIGEST, data_rows=100,
+            distills=True, teacher=spec.beside("distill"), teacher_digest="ab" * 32,
+        )  # fmt: skip
+        return found.reason if found.answer is Answer.DENY else ""
+
+    assert not asked(), "what sites train with does not matter to who distils"
+    assert "tasks does not name 'distill'" in asked(tasks=("classification",))
+    assert "data_sets does not name 'public'" in asked(data_sets=("answers",))
+    assert "base_models names neither 'large' nor its digest" in asked(base_models=("minilm",))
+    assert "2.5 epochs of distillation a round are more than max_epochs = 2.4" in asked(max_epochs=2.4)
+    assert "data set 'public' has fewer rows than min_rows = 101" in asked(min_rows=101)

@@ -160,6 +160,23 @@ def test_what_stands_between_or_beside_the_factors_becomes_part_of_a_plain_adapt
         assert np.allclose(alpha / rank * b @ a, 3 * wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_controls_of_scaffold_stay_behind(door: Any, take: Any, method: str, frozen: bool):
+    model = {"body.weight": ramp(4, 3), "head.weight": ramp(2, 3)}
+    version = {**model, **{f"control.{name}": ramp(*values.shape) for name, values in model.items()}}
+    files = {"frozen.safetensors": tensor_file({"words.weight": ramp(3)})} if frozen and method == "full" else {}
+    fields = {
+        **FIELDS, "method": {"type": method}, "local": {"steps": 2, "optimizer": "sgd"},
+        "aggregation": {"rule": "scaffold"},
+    }  # fmt: skip
+    offer(door, fields=fields, model=tensor_file(version), files=files)
+    found = load_file(take() / ("model.safetensors" if method == "full" else "adapter_model.safetensors"))
+    assert found.keys() == model.keys() | ({"words.weight"} if files else set())
+    for name, values in model.items():
+        assert np.array_equal(found[name], values)
+
+
 def test_an_adapter_without_a_readable_configuration_is_refused(door: Any, take: Any):
     fields = {**FIELDS, "method": {"type": "lora", "rank": 1}, "aggregation": {"rule": "fedex"}}
     version = tensor_file({"q.lora_A.weight": ramp(1, 2), "q.lora_B.weight": ramp(2, 1)})

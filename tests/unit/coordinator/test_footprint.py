@@ -103,3 +103,13 @@ def test_on_a_cpu_values_have_four_bytes_and_everything_is_the_machines_memory()
     assert on_cpu.weights == 4 * (INNER + REST)
     assert on_cpu.logits == TOKENS // 2 * 128_256 * (4 + 4)
     assert on_cpu.host == 1000 * 512 * 4
+
+
+def test_what_keeps_sites_together_takes_one_more_copy_of_what_is_trained():
+    sgd = {"optimizer": "sgd"}
+    plain = needs(local=sgd)
+    assert needs(local={**sgd, "proximal": 0.1}).trained - plain.trained == 4 * ADAPTERS
+    scaffold = needs(local=sgd, aggregation={"rule": "scaffold"})
+    assert scaffold.trained - plain.trained == 4 * ADAPTERS
+    # Four versions that are twice as large, and the site's own state; but for names.
+    assert scaffold.disk - plain.disk == pytest.approx(5 * 4 * ADAPTERS, rel=0.001)

@@ -65,7 +65,7 @@ def test_on_a_gpu_it_says_how_many_rows_fit_at_a_time():
 def test_what_cannot_fit_is_refused_with_what_would(gigabytes: int, remedy: str):
     said = refusal(plan(recipe(), [replace(ON_GPU, gpu_memory_bytes=gigabytes * GB)]))
     assert said.startswith(
-        f"st-olav needs about 20.1 GB of its GPU's memory and has {gigabytes}.0 GB, 1 row at a time."
+        f"st-olav needs about 19.9 GB of its GPU's memory and has {gigabytes}.0 GB, 1 row at a time."
     )
     assert remedy in said
 
@@ -196,3 +196,12 @@ def test_a_model_of_another_digest_or_with_more_layers_than_the_recipe_keeps():
     cut = sites_of(recipe(base_model={"layers": 1}), [view("a")])[0].shapes
     assert cut is not None
     assert [linear.count for linear in cut.linear] == [1]
+
+
+def test_a_recipe_that_wants_a_distillation_is_refused_where_there_is_no_house_agent():
+    fields = {"name": "j", "task": {"type": "synthetic"}, "local": {"steps": 1}, "rounds": 2, "distillation": {}}
+    spec = jobspec.parse(fields)
+    (refused,) = plan(spec, sites_of(spec, [view("st-olav")])).refusals
+    assert "without the distillation" in refused and "silotune site invite" in refused
+    made = plan(spec, sites_of(spec, [view("st-olav"), view("house", house=True)]))
+    assert not made.refusals and made.ledger is not None and made.ledger.distillation_bytes

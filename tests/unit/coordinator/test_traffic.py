@@ -76,6 +76,13 @@ def test_encodings_and_rules_cost_what_arithmetic_says(rule: str, up: str, down:
     assert 0 <= (book.up_bytes + book.down_bytes) / MIB - mebibytes < 38 * 192 * 160 / MIB
 
 
+def test_of_svd_a_ledger_says_the_most_that_it_can_be():
+    book, raw = (ledger(encoded("mean", way, way), LLAMA_3_8B, sites=SITES) for way in ("svd", "raw"))
+    assert book.up_bytes == raw.up_bytes
+    # Version 0 each site makes by itself.
+    assert book.down_bytes == raw.down_bytes * 9 / 10
+
+
 def test_which_recipes_keep_ten_rounds_within_300_mebibytes():
     def within(rule: str, up: str, down: str) -> bool:
         book = ledger(encoded(rule, up, down), LLAMA_3_8B, sites=SITES)
@@ -183,3 +190,28 @@ def test_fewer_layers_are_counted_without_those_that_go():
     assert {linear.count for linear in shapes.linear} == {1, 8}
     assert LLAMA_3_8B.parameters - shapes.parameters == pytest.approx(24 * 218_103_808, rel=1e-3)
     assert LLAMA_3_8B.cut(None) is LLAMA_3_8B
+
+
+@pytest.mark.parametrize("method", [{"type": "lora", "rank": 32, "targets": ["q_proj", "v_proj"]}, {"type": "full"}])
+def test_scaffold_costs_twice_the_bytes_down_and_none_more_up(method: dict[str, Any]):
+    local = {"steps": 10, "batch_size": 16, "optimizer": "sgd"}
+    plain, twice = (
+        ledger(flowertune(method=method, local=local, aggregation=rule), LLAMA_3_8B, sites=SITES)
+        for rule in ({}, {"rule": "scaffold", "weights": "equal"})
+    )
+    assert twice.up_bytes == plain.up_bytes
+    # What is more than twice is the names in the headers.
+    assert 2 * plain.down_bytes < twice.down_bytes < 2.001 * plain.down_bytes
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_house_agent_fetches_each_aggregate_and_without_labels_the_updates_too(labels: bool) -> None:
+    fields = {"name": "j", "task": {"type": "synthetic"}, "local": {"steps": 1}, "rounds": 5, "cohort": {"size": 3}}
+    spec = jobspec.parse({**fields, "evaluation": {"where": []}, "distillation": {"every": 2, "labels": labels}})
+    book = ledger(spec, None, sites=SITES, house="hq")
+    version, hq = book.first_version_bytes, book.sites["hq"]
+    assert hq.distillation_up_bytes == 2 * version
+    assert hq.distillation_down_bytes == 2 * version * (1 if labels else 4)
+    assert (hq.rounds, hq.up_bytes, hq.down_bytes, hq.evaluation_bytes) == (0, 0, 0, 0)
+    assert book.distillation_bytes == hq.distillation_up_bytes + hq.distillation_down_bytes
+    assert not ledger(spec, None, sites=SITES).distillation_bytes, "nobody is there to distil"

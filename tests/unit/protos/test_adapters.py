@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from protos import jobspec
-from protos.adapters import split_name, update_tensors
+from protos.adapters import split_name, update_tensors, with_controls
 from protos.tensors import Layout, make_header
 
 M, N, R = 6, 4, 3
@@ -84,3 +84,21 @@ def test_a_full_job_sends_everything_whatever_it_is_called() -> None:
 def test_a_tensor_whose_name_only_looks_like_a_factor_belongs_to_no_adapter() -> None:
     assert split_name("classifier.lora_A.bias") == ("classifier.lora_A.bias", "")
     assert split_name("lora_Another.weight") == ("lora_Another.weight", "")
+
+
+@pytest.mark.parametrize("method", [{"type": "full"}, {"type": "lora", "rank": R}])
+def test_scaffold_has_a_control_beside_each_tensor_that_travels_down_alone(method: dict[str, Any]) -> None:
+    fields = spec("mean").model_dump(mode="json")
+    local = {"steps": 1, "optimizer": "sgd"}
+    recipe = jobspec.parse({**fields, "local": local, "method": method, "aggregation": {"rule": "scaffold"}})
+    plain = version("lora_A", "lora_B").named
+    found = with_controls(recipe, plain)
+    assert {name: shape for name, _, shape in found} == {
+        **{name: shape for name, _, shape in plain},
+        **{f"control.{name}": shape for name, _, shape in plain},
+    }
+    assert found == sorted(found)
+    assert update_tensors(recipe, make_header(found)[1], round_number=1, site="oslo") == plain
+    assert with_controls(spec("mean"), plain) == plain
+    # It is no factor of an adapter.
+    assert split_name(f"control.{LAYER}.lora_A.weight") == (f"control.{LAYER}.lora_A.weight", "")

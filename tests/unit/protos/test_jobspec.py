@@ -38,6 +38,7 @@ learning_rate = 2e-4
 LORA = {"method": {"type": "lora"}}
 CAUSAL = {"type": "causal-lm"}
 MIXED = {"type": "lora", "rank": 8, "ranks": {"oslo": 4}}
+SCAFFOLD = {"local__optimizer": "sgd", "aggregation__rule": "scaffold"}
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
@@ -90,6 +91,20 @@ def test_a_short_recipe_is_enough() -> None:
         ({"base_model__quantization": "nf4"}, "quantization freezes the base model, so it needs method lora"),
         ({"base_model__double_quantization": True}, "double_quantization goes with quantization nf4 or fp4"),
         ({"aggregation__rule": "svd"}, "rule svd combines pairs of LoRA factors, so it needs method lora"),
+        ({"aggregation__rule": "fednova", "local__proximal": 0.1}, "so proximal must be 0"),
+        ({"method": MIXED, "aggregation__rule": "fednova"}, "combines factors of one shape, so it takes no ranks"),
+        ({"aggregation__rule": "scaffold"}, "needs optimizer = 'sgd' and momentum = 0"),
+        ({**SCAFFOLD, "local__momentum": 0.9}, "needs optimizer = 'sgd' and momentum = 0"),
+        ({**SCAFFOLD, "local__max_gradient_norm": 1.0}, "takes no max_gradient_norm"),
+        ({**SCAFFOLD, "local__schedule": {"type": "linear", "over": "steps"}}, "one rate above 0 in each round"),
+        ({**SCAFFOLD, "local__schedule": {"type": "linear", "final": 0.0}}, "one rate above 0 in each round"),
+        ({**SCAFFOLD, "encoding__up": "int8"}, "needs up = raw and down = raw"),
+        ({**SCAFFOLD, "cohort__size": 2}, "needs weights = 'equal'"),
+        ({**SCAFFOLD, "distillation": {"labels": False}}, "so it takes no distillation"),
+        (
+            {"task": {"type": "synthetic"}, "data": None, "base_model": None, "aggregation__rule": "scaffold"},
+            "corrects gradients, and a synthetic task has none",
+        ),
         ({**LORA, "aggregation": {"rule": "flora", "server_optimizer": {"type": "fedadam"}}}, "no server_optimizer"),
         ({**LORA, "aggregation__rule": "svd", "encoding__up": "int8"}, "error_feedback must be false"),
         ({**LORA, "aggregation__rule": "svd", "encoding__down": "int8"}, "error_feedback must be false"),

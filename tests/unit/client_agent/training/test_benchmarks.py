@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client_agent.settings import DataSet
 from client_agent.taskdir import UPDATE, TaskResult
+from client_agent.training import benchmarks
 from client_agent.training.benchmarks import Reply, measure, read_replies, reply, write_replies
 from client_agent.training.model import Model
 from client_agent.training.questions import Question
@@ -106,6 +107,14 @@ def test_an_answer_may_be_as_long_as_the_longest_option_where_the_recipe_does_no
     assert 1 < longest < 6
     found = answers(model, QUESTIONS, max_new_tokens=None)
     assert found == answers(model, QUESTIONS, max_new_tokens=longest) != answers(model, QUESTIONS)
+
+
+def test_prompts_are_tokenised_once_for_all_versions(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [Question("the patient has\n", ("A", "B"), "B")]
+    first = answers(model, questions)
+    # Now nothing can be tokenised any more.
+    monkeypatch.delattr(benchmarks, "boundary_ids")
+    assert answers(model, questions) == first
 
 
 def test_progress_is_told_and_may_stop_the_asking(model: Model) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from dataclasses import replace
@@ -16,14 +15,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    MambaConfig,
-    MambaForCausalLM,
 )
 
 from client_agent.settings import DataSet
-from client_agent.taskdir import UPDATE, TooManyEpochs
+from client_agent.taskdir import UPDATE
 from client_agent.training.baseline import train_alone
 from client_agent.training.causal import CausalLanguageModel, CausalTokens
 from client_agent.training.data import Instruction, Instructions, read_instructions
@@ -124,18 +119,6 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_rows_apart(teaching_site
     packed_loss, packed_gradient = gradients(packing, model, packed)
     assert packed_loss == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(packed_gradient, gradient, rtol=1e-3, atol=1e-6)
-
-
-def test_packing_is_refused_where_rows_would_see_one_another(teaching_site: Site) -> None:
-    task = jobspec.CausalLm(type="causal-lm", packing=True)
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "num_hidden_layers": 1}
-    recurrent = MambaForCausalLM(MambaConfig(hidden_size=32, state_size=4, **sizes))
-    with pytest.raises(InvalidInput, match="'base' lets packed rows see one another"):
-        CausalLanguageModel(task).check(recurrent, missing=(), name="base")
-    for attention in ("sdpa", "eager"):
-        config = GPT2Config(n_embd=32, n_head=2, attn_implementation=attention, bos_token_id=1, eos_token_id=1, **sizes)
-        CausalLanguageModel(task).check(GPT2LMHeadModel(config), missing=(), name="base")
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
@@ -239,22 +222,6 @@ def test_the_log_tells_a_warm_start_from_a_fresh_load(teaching_site: Site, capsy
     # All that comes before the first step is in it, and not the step itself.
     for result, seconds in ((first, ready), (second, warm)):
         assert round(result.seconds["load"], 3) <= float(seconds) <= round(result.seconds["first_step"], 3)
-
-
-def test_packed_sequences_are_counted_in_epochs_over_the_rows_and_too_many_are_declined(teaching_site: Site) -> None:
-    site = teaching_site
-    task = {"type": "causal-lm", "max_length": 160, "packing": True}
-    recipe = causal_recipe(task=task, local={"steps": 4, "batch_size": 8, "learning_rate": 1e-3})
-    init, _ = site.run("init", site.task("init", recipe=recipe))
-    train = site.task("train", recipe=recipe, model=init / UPDATE)
-    _, result = site.run("unbounded", train)
-    (tokens,) = site.warm.splits.values()
-    # Of rows these 32 would be about one epoch; they are sequences that hold several.
-    assert len(tokens) <= 16 < 24 < result.examples
-    epochs = 4 / math.ceil(len(tokens) / 8)
-    site.run("allowed", replace(train, max_epochs=epochs))
-    with pytest.raises(TooManyEpochs, match=rf"4 steps are {epochs:.1f} epochs over its {result.examples} rows"):
-        site.run("declined", replace(train, max_epochs=epochs - 0.1))
 
 
 def test_the_same_order_in_every_round_is_that_of_the_first(teaching_site: Site) -> None:

@@ -23,14 +23,29 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA, AdamW": {"method": {"type": "lora", "rank": 2, "dropout": 0.3}, "local": {"optimizer": "adamw"}},
     "full, SGD with momentum": {"method": {"type": "full"}, "local": {"optimizer": "sgd", "momentum": 0.9}},
     "LoRA, plain SGD": {"method": {"type": "lora", "rank": 2, "dropout": 0.3}, "local": {"optimizer": "sgd"}},
+    "LoRA, FedProx": {"method": {"type": "lora", "rank": 2, "dropout": 0.3}, "local": {"proximal": 5.0}},
+    "full, SCAFFOLD": {"local": {"optimizer": "sgd"}, "aggregation": {"rule": "scaffold"}},
+    "LoRA, SCAFFOLD": {
+        "method": {"type": "lora", "rank": 2},
+        "local": {"optimizer": "sgd"},
+        "aggregation": {"rule": "scaffold"},
+    },
 }
 
 
-def train_task(site: Site, *, method: dict[str, Any] | None = None, local: dict[str, Any] | None = None) -> TaskSpec:
+def train_task(
+    site: Site,
+    *,
+    method: dict[str, Any] | None = None,
+    local: dict[str, Any] | None = None,
+    aggregation: dict[str, Any] | None = None,
+) -> TaskSpec:
     local = {"steps": STEPS, "batch_size": 8, "learning_rate": 1e-2, **(local or {})}
-    recipe = site.recipe(method=method or {"type": "full"}, local=local)
+    recipe = site.recipe(method=method or {"type": "full"}, local=local, aggregation=aggregation or {})
     init, _ = site.run("init", site.task("init", recipe=recipe))
-    return site.task("train", recipe=recipe, model=init / UPDATE)
+    return site.task(
+        "train", recipe=recipe, model=init / UPDATE, state_directory=str(site.directory / "jobs" / "job-1")
+    )
 
 
 class Sitting:

@@ -20,6 +20,7 @@ from client_agent.training.data import (
     fingerprint,
     read_instructions,
     read_rows,
+    read_texts,
     without_content,
 )
 from client_agent.training.data import read as read_any
@@ -332,3 +333,21 @@ def test_reading_rows_loads_no_model_library() -> None:
     script = "import sys, client_agent.training.data; print({'torch', 'transformers', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_texts_are_read_without_a_look_at_labels_and_counted_so_where_the_table_has_none(tmp_path: Path) -> None:
+    content = [{"text": "a cough"}, {"text": " "}, {"text": "a fever", "label": 7}, {"text": "a dose"}]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in content))
+    plain = DataSet(path=str(path), label="", validation=0.0)
+    for data_set in (plain, DataSet(path=str(path), validation=0.0)):
+        found = read_texts(data_set, name="notes", labels=LABELS, split="train")
+        assert found == Rows(["a cough", "a fever", "a dose"], [0, 0, 0], LABELS, 1)
+    assert len(read_any(plain, name="notes", split="train")) == 3
+    assert "no table of texts and labels" in fault(path, label="").message
+
+
+def test_texts_need_a_column_of_texts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "sentence\na cough\n")
+    with pytest.raises(SiteConfigInvalid, match="no column 'text'") as caught:
+        read_texts(DataSet(path=str(path), label=""), name="notes", labels=LABELS, split="train")
+    assert caught.value.hint == "Set text under [data.notes] in site.toml to columns among these."

@@ -1,4 +1,4 @@
-"""A house agent teaches the aggregate of a round, with a teacher and labels or with the sites' updates and text alone."""
+"""A house agent teaches the aggregate of a round: with a teacher and labels, or with the sites' updates and texts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, BertConfig
 
 from client_agent.settings import DataSet
 from client_agent.taskdir import UPDATE, Paused, TaskResult, TaskSpec
@@ -18,21 +19,43 @@ from client_agent.training.tasks import Work
 from client_agent.training.warm import Warm
 from protos.errors import InvalidInput, SiteConfigInvalid
 from protos.metrics import METRICS, STAGE_SECONDS, check_numbers
-from tests.unit.client_agent.training.conftest import LABELS, Site, make_texts
+from tests.unit.client_agent.training.conftest import FILLER, LABELS, WORDS, Site
 
 LORA = {"type": "lora", "rank": 4, "alpha": 16, "targets": ["query", "value"]}
 # One layer learns from three.
 STUDENT = {"name": "tiny-encoder", "layers": 1}
-LEARNING = {"batch_size": 14, "epochs": 10, "teacher_epochs": 10, "learning_rate": 3e-3, "teacher_learning_rate": 3e-3}
+LEARNING = {"batch_size": 14, "epochs": 5, "teacher_epochs": 5, "learning_rate": 1e-2, "teacher_learning_rate": 5e-3}
+
+
+def texts_of(label: str, *, rows: int, start: int = 0) -> list[str]:
+    """Texts of three words, of which two tell the label; 99 different ones."""
+    words = WORDS[label].split()
+    return [f"{words[row % 3]} {FILLER[row % 11]} {words[row // 3 % 3]}" for row in range(start, start + rows)]
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(base_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that learns in a few dozen steps: its random weights are large enough for words to reach the head."""
+    path = tmp_path_factory.mktemp("encoder")
+    for file in base_model("bert").iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    fields = json.loads((path / "config.json").read_text())
+    torch.manual_seed(0)
+    AutoModel.from_config(BertConfig(**{**fields, "initializer_range": 0.2})).save_pretrained(path)
+    return path
 
 
 @pytest.fixture
-def house(site: Site) -> Site:
-    """With 84 labelled rows, a third of them for validation."""
-    path = site.directory / "house.jsonl"
-    rows = [{"text": text, "label": label} for label in LABELS for text in make_texts(label, rows=28, start=100)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return replace(site, data_set=DataSet(path=str(path), validation=0.33))
+def house(site: Site, encoder: Path) -> Site:
+    """With 84 labelled rows, about a third of them for validation."""
+    rows = [{"text": text, "label": label} for label in LABELS for text in texts_of(label, rows=28)]
+    path = write_rows(site.directory / "house.jsonl", rows)
+    return replace(site, base_model=encoder, data_set=DataSet(path=str(path), validation=0.33))
 
 
 def recipe_of(house: Site, *, method: dict[str, Any] | None = None, **distillation: Any) -> dict[str, Any]:
@@ -69,7 +92,7 @@ def teacher_files(house: Site) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("method", [{"type": "full"}, {"type": "full", "freeze_embeddings": True}, LORA])
 def test_a_student_learns_from_labels_and_a_teacher_and_becomes_the_version(house: Site, method: Any) -> None:
-    recipe = recipe_of(house, method=method)
+    recipe = recipe_of(house, method=method, learning_rate=3e-2 if method["type"] == "lora" else 1e-2)
     aggregate = version_0(house, recipe)
     made, result = distill(house, recipe, model=aggregate)
     before, after = load_file(aggregate), load_file(made)
@@ -79,8 +102,7 @@ def test_a_student_learns_from_labels_and_a_teacher_and_becomes_the_version(hous
     assert found["student_loss"] < 0.9 * found["aggregate_loss"]
     assert found["teacher_loss"] < 0.9 * found["teacher_loss_before"]
     assert found["update_norm"] > 0
-    assert result.examples + len(house.warm.splits.popitem()[1]) >= 84 - result.examples
-    assert result.steps == 2 * 10 * -(-result.examples // 14)
+    assert result.steps == 2 * 5 * -(-result.examples // 14)
     # What the coordinator will measure of the version is what the house agent measured of it.
     _, measured = house.run("look", house.task("evaluate", recipe=recipe, model=made))
     assert measured.metrics["loss"] == pytest.approx(found["student_loss"], rel=1e-5)
@@ -119,19 +141,19 @@ def test_a_teacher_is_never_worse_than_before_where_its_best_state_is_kept(house
         assert teacher_files(house)["teacher-2.safetensors"] != good
 
 
-def test_a_teacher_that_learns_its_rows_by_heart_is_stopped(house: Site) -> None:
-    """Labels that say nothing can only be learnt by heart: the loss on the slice falls and that on other rows rises."""
-    path = Path(house.data_set.path)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    mixed = [{**row, "label": LABELS[(number * 7 // 3) % 3]} for number, row in enumerate(rows)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in mixed))
+def test_a_teacher_that_learns_what_is_true_of_its_rows_alone_is_stopped(house: Site) -> None:
+    """The slice's labels are wrong: the loss on it falls, and that on the validation rows rises."""
+    right = [json.loads(line) for line in Path(house.data_set.path).read_text().splitlines()]
+    wrong = [{**row, "label": LABELS[(LABELS.index(row["label"]) + 1) % 3]} for row in right]
+    path = write_rows(house.directory / "wrong.jsonl", wrong)
+    proxy = house.data_set.model_copy(update={"path": str(path)}).model_dump(mode="json")
     learnt = {}
     for keep_best in (True, False):
-        here = replace(house, directory=house.directory / str(keep_best), warm=Warm())
-        recipe = recipe_of(here, keep_best=keep_best, teacher_epochs=40, epochs=1)
-        learnt[keep_best] = distill(here, recipe, model=version_0(here, recipe))[1].metrics
-    assert learnt[False]["teacher_slice_loss"] < 0.5 * learnt[False]["teacher_slice_loss_before"]
-    assert learnt[False]["teacher_loss"] > learnt[False]["teacher_loss_before"]
+        recipe = recipe_of(house, keep_best=keep_best, data="slice")
+        aggregate = version_0(house, recipe)
+        learnt[keep_best] = distill(house, recipe, model=aggregate, proxy_data_set=proxy)[1].metrics
+    assert learnt[False]["teacher_slice_loss"] < 0.8 * learnt[False]["teacher_slice_loss_before"]
+    assert learnt[False]["teacher_loss"] > 1.2 * learnt[False]["teacher_loss_before"]
     assert learnt[True]["teacher_loss"] <= learnt[True]["teacher_loss_before"]
 
 
@@ -160,18 +182,16 @@ def test_the_same_distillation_gives_the_same_bytes_warm_cold_and_repeated(house
     assert teacher_files(house).keys() == {"teacher-2.safetensors"}
 
 
-@pytest.mark.parametrize(
-    "changes", [{"attention": False}, {"weighting": "sum"}, {"temperature": 1.0}, {"teacher_epochs": 0}]
-)
-def test_each_key_of_the_recipe_changes_what_is_learnt(house: Site, changes: dict[str, Any]) -> None:
-    few = {"epochs": 0.5, "teacher_epochs": 0.5}
-    plain, changed = recipe_of(house, **few), recipe_of(house, **{**few, **changes})
-    aggregate = version_0(house, plain)
-    made = [
-        distill(house, recipe, model=aggregate, name=name, state_directory=str(house.directory / name))[0]
-        for name, recipe in {"plain": plain, "changed": changed}.items()
-    ]
-    assert made[0].read_bytes() != made[1].read_bytes()
+def test_each_key_of_the_recipe_changes_what_is_learnt(house: Site) -> None:
+    changes: list[dict[str, Any]] = [
+        {}, {"attention": False}, {"weighting": "sum"}, {"temperature": 1.0}, {"teacher_epochs": 0}
+    ]  # fmt: skip
+    made = set()
+    for number, change in enumerate(changes):
+        recipe = recipe_of(house, **{"epochs": 0.5, "teacher_epochs": 0.5, "gate": False, **change})
+        state = str(house.directory / f"state-{number}")
+        made.add(distill(house, recipe, model=version_0(house, recipe), state_directory=state)[0].read_bytes())
+    assert len(made) == len(changes)
 
 
 def test_the_warm_model_serves_a_training_after_a_distillation_as_before(house: Site) -> None:
@@ -279,16 +299,15 @@ def members(house: Site) -> tuple[dict[str, Any], Path, list[dict[str, Any]]]:
     """A recipe without labels, and the updates of three sites that know two labels each, with their mean."""
     recipe = house.recipe(
         base_model=STUDENT,
-        local={"steps": 60, "batch_size": 14, "learning_rate": 5e-3},
-        distillation={"labels": False, "data": "texts", "epochs": 20, "batch_size": 14, "learning_rate": 3e-3},
+        local={"steps": 20, "batch_size": 14, "learning_rate": 5e-3},
+        distillation={"labels": False, "data": "texts", "epochs": 8, "batch_size": 14, "learning_rate": 3e-3},
     )
     start = version_0(house, recipe)
     found: list[dict[str, Any]] = []
     for number, weight in enumerate([0.5, 0.25, 0.25]):
-        path = house.directory / f"site-{number}.jsonl"
         known = [label for label in LABELS if label != LABELS[number]]
-        rows = [{"text": text, "label": label} for label in known for text in make_texts(label, rows=14)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{"text": text, "label": label} for label in known for text in texts_of(label, rows=14, start=40)]
+        path = write_rows(house.directory / f"site-{number}.jsonl", rows)
         own = DataSet(path=str(path), validation=0.0).model_dump(mode="json")
         task = house.task("train", recipe=recipe, model=start, data_set=own, seed=number)
         update, _ = house.run(f"site-{number}", task)
@@ -302,9 +321,8 @@ def members(house: Site) -> tuple[dict[str, Any], Path, list[dict[str, Any]]]:
 
 def test_without_labels_the_mean_of_the_sites_logits_teaches(house: Site, members: Any) -> None:
     recipe, aggregate, updates = members
-    texts = house.directory / "texts.jsonl"
-    rows = [{"text": text} for label in LABELS for text in make_texts(label, rows=28, start=200)]
-    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"text": text} for label in LABELS for text in texts_of(label, rows=28, start=50)]
+    texts = write_rows(house.directory / "texts.jsonl", rows)
     proxy = DataSet(path=str(texts), label="", validation=0.0).model_dump(mode="json")
     change = {"members": updates, "proxy_data_set": proxy, "teacher_model_path": None}
     made, result = distill(house, recipe, model=aggregate, **change)
@@ -339,9 +357,8 @@ def test_the_labels_of_texts_are_not_looked_at_without_labels(house: Site, membe
     recipe = {**recipe, "distillation": {**recipe["distillation"], "epochs": 1}}
     made = []
     for name, label in {"true": "drug", "wrong": "no label of the recipe"}.items():
-        path = house.directory / f"{name}.jsonl"
-        rows = [{"text": text, "label": label} for kind in LABELS for text in make_texts(kind, rows=14, start=200)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{"text": text, "label": label} for kind in LABELS for text in texts_of(kind, rows=14, start=50)]
+        path = write_rows(house.directory / f"{name}.jsonl", rows)
         proxy = DataSet(path=str(path), validation=0.0).model_dump(mode="json")
         made.append(
             distill(house, recipe, model=aggregate, name=name, members=updates, proxy_data_set=proxy)[0].read_bytes()

@@ -71,6 +71,27 @@ def test_an_update_in_four_bits_is_what_was_trained_and_its_residual_is_the_rest
     assert (state / "residual-1.safetensors").read_bytes() == residual
 
 
+def test_an_update_in_few_directions_is_what_was_trained_but_for_its_residual(site: Site) -> None:
+    encoding = {"up": "svd", "svd_energy_start": 0.5, "svd_energy_end": 0.7}
+    recipe = recipe_of(site, encoding=encoding, method={"type": "full", "freeze_embeddings": True})
+    init, _ = site.run("init", site.task("init", recipe=recipe))
+    version = init / UPDATE
+    raw, _ = train(site, {**recipe, "encoding": {"up": "raw"}}, "raw", model=version)
+    sizes = []
+    for number in (1, 4):
+        sent, task = train(site, recipe, f"round {number}", model=version, round=number)
+        rebuild(sent / UPDATE, base=version, encoding="svd", block=64, output=sent / "decoded")
+        sizes.append((sent / UPDATE).stat().st_size)
+    before, trained, decoded = load_file(version), load_file(raw / UPDATE), load_file(sent / "decoded")
+    lost = load_file(Path(task.state_directory, "residual-4.safetensors"))
+    for name, values in trained.items():
+        torch.testing.assert_close(decoded[name] + lost[name], values, rtol=0, atol=1e-6)
+        change = (values - before[name]).double()
+        # The last round keeps 70 % of the squared sum, the first one 50 %.
+        assert lost[name].double().square().sum() <= 0.3001 * change.square().sum()
+    assert sizes[0] < sizes[1] < (raw / UPDATE).stat().st_size
+
+
 def test_later_rounds_start_from_the_rebuilt_version_and_from_what_was_lost_in_the_update_that_counted(
     site: Site,
 ) -> None:

@@ -28,6 +28,7 @@ LORA = {"type": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": LORA, "base_model": {"name": "tiny-llama", "dtype": "bfloat16"}},
     "qlora": {"method": LORA, "base_model": {"name": "tiny-llama", "quantization": "nf4"}},
+    # FedProx besides: what it pulls to is sharded as what it pulls.
     "full": {"method": {"type": "full"}},
 }
 
@@ -56,7 +57,7 @@ def endless(site: Site, model: Path, **changes: Any) -> TaskSpec:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_as_one_does(teaching_site: Site, worker: Worker, method: str) -> None:
-    recipe = causal_recipe(**METHODS[method], local=LOCAL)
+    recipe = causal_recipe(**METHODS[method], local={**LOCAL, "proximal": 2.0 if method == "full" else 0.0})
     version = init(teaching_site, recipe)
     task = teaching_site.task("train", recipe=recipe, model=version, processes=2)
     directory = teaching_site.write("two", task)
@@ -117,6 +118,11 @@ def test_what_all_processes_meet_is_told_in_one_sentence(teaching_site: Site, wo
     failed = worker.run(teaching_site.write("wrong", task))[-1]
     assert failed["event"] == "failed" and "row 1" in failed["reason"]
     assert not peers_of(worker)
+    local = {"steps": 1, "optimizer": "sgd"}
+    scaffold = causal_recipe(method={"type": "full"}, local=local, aggregation={"rule": "scaffold"})
+    task = teaching_site.task("train", recipe=scaffold, model=init(teaching_site, scaffold), processes=2)
+    failed = worker.run(teaching_site.write("scaffold", task))[-1]
+    assert failed["event"] == "failed" and "several processes, which have no SCAFFOLD" in failed["reason"]
 
 
 def test_every_row_counts_once_and_every_process_takes_as_many_steps() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -16,7 +17,7 @@ from coordinator.aggregation.combine import BLOCK_ELEMENTS, CorruptUpdate, Input
 from protos import tensors
 from protos.digests import digest_of
 from protos.errors import CorruptData
-from protos.jobspec import FedAdam, FedAvgM, FedYogi
+from protos.jobspec import FedAdam, FedAvgM, FedYogi, Nesterov, parse
 
 SHAPES = {"b.weight": (300, 401), "a.bias": (7,), "c.scalar": (), "d.empty": (0, 3)}
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
@@ -162,6 +163,10 @@ def reference_rounds(optimizer, start: np.ndarray, means: list[np.ndarray]) -> n
             u = optimizer.momentum * u + delta
             x = x + optimizer.learning_rate * u
             continue
+        if isinstance(optimizer, Nesterov):
+            u = optimizer.momentum * u + delta
+            x = x + optimizer.learning_rate * (delta + optimizer.momentum * u)
+            continue
         m = optimizer.beta1 * m + (1 - optimizer.beta1) * delta
         if isinstance(optimizer, FedAdam):
             v = optimizer.beta2 * v + (1 - optimizer.beta2) * delta**2
@@ -177,6 +182,7 @@ def reference_rounds(optimizer, start: np.ndarray, means: list[np.ndarray]) -> n
         FedAvgM(type="fedavgm", learning_rate=0.7, momentum=0.9),
         FedAdam(type="fedadam", learning_rate=0.05),
         FedYogi(type="fedyogi", learning_rate=0.05),
+        Nesterov(type="nesterov"),
     ],
 )
 def test_a_server_optimizer_over_three_rounds_equals_the_published_rule(tmp_path: Path, optimizer) -> None:
@@ -206,6 +212,56 @@ def test_a_server_optimizer_over_three_rounds_equals_the_published_rule(tmp_path
     found = load_file(previous)["b.weight"]
     reference = reference_rounds(optimizer, start["b.weight"], means)
     assert np.linalg.norm(found - reference) <= 1e-6 * np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize("weights", [[0.75, 0.5], [0.125, 0.25], [1.0, 1.0]])
+def test_weights_that_do_not_sum_to_one_count_from_the_version_before(tmp_path: Path, weights: list[float]) -> None:
+    start, models = random_model(0), [random_model(1), random_model(2)]
+    digest = write(tmp_path / "v0", start)
+    parts = inputs(tmp_path, models, weights)
+    combine(parts, output=tmp_path / "out", previous=tmp_path / "v0", previous_digest=digest)
+    found = load_file(tmp_path / "out")
+    for name in SHAPES:
+        x = start[name].astype(np.float64)
+        expected = x + sum(w * (m[name] - x) for w, m in zip(weights, models, strict=True))
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["fednova", "scaffold"])
+def test_drift_rules_take_the_factors_of_a_pair_like_any_tensor(tmp_path: Path, rule: str) -> None:
+    spec = parse(
+        {
+            "name": "j", "task": {"type": "classification", "labels": ["a", "b"]}, "data": {"name": "d"},
+            "base_model": {"name": "m"}, "method": {"type": "lora", "rank": 2}, "aggregation": {"rule": rule},
+            "local": {"steps": 4, "optimizer": "sgd", "learning_rate": 0.5}, "rounds": 2,
+        }
+    )  # fmt: skip
+    rng = np.random.default_rng(1)
+    shapes = {"m.lora_A.weight": (2, 5), "m.lora_B.weight": (4, 2), "score.weight": (2, 4)}
+    start, *models = ({n: rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()} for _ in range(3))
+    controls = {f"control.{n}": rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()}
+    version = {**start, **(controls if rule == "scaffold" else {})}
+    digest = write(tmp_path / "v0", version)
+    parts = [
+        replace(part, control_weight=weight / 2, steps=steps)
+        for part, weight, steps in zip(inputs(tmp_path, models, [0.75, 0.25]), (0.75, 0.25), (4, 8), strict=True)
+    ]
+    momentum = FedAvgM(type="fedavgm")
+    combine(
+        parts, output=tmp_path / "out", previous=tmp_path / "v0", previous_digest=digest, spec=spec, round_number=1,
+        optimizer=momentum, state_output=tmp_path / "state",
+    )  # fmt: skip
+    found = load_file(tmp_path / "out")
+    assert found.keys() == version.keys()
+    assert load_file(tmp_path / "state").keys() == {f"u.{name}" for name in shapes}, "a control has no momentum"
+    for name in shapes:
+        one, two = (model[name].astype(np.float64) for model in models)
+        np.testing.assert_allclose(found[name], 0.75 * one + 0.25 * two, rtol=1e-5, atol=1e-6)
+        if rule == "scaffold":
+            gradients = [(start[name] - x) / (steps * 0.5) for x, steps in ((one, 4), (two, 8))]
+            c = controls[f"control.{name}"].astype(np.float64)
+            expected = c + 0.5 * (0.75 * (gradients[0] - c) + 0.25 * (gradients[1] - c))
+            np.testing.assert_allclose(found[f"control.{name}"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_momentum_zero_and_rate_one_is_the_plain_mean(tmp_path: Path) -> None:

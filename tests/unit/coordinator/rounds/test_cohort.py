@@ -8,6 +8,7 @@ import pytest
 
 from coordinator.rounds import state as s
 from coordinator.rounds.machine import step
+from protos import jobspec
 from tests.unit.coordinator.rounds.conftest import job, of, round_, sites, spec, train, update
 
 
@@ -139,3 +140,41 @@ def test_a_round_never_waits_longer_for_sites_than_half_of_its_time() -> None:
     facts = s.Facts(sites("a", "b", away=("b",)), round_(1, s.Phase.SELECTING, ()))
     assert "begins without them in 50 s" in step(job(recipe), facts, 0.0).sentence
     assert of(step(job(recipe), facts, 50.0), s.SetCohort) == [s.SetCohort(("a",))]
+
+
+def shares(recipe: jobspec.JobSpec, *updates: s.Update, here: str = "abc") -> tuple[s.Contribution, ...]:
+    tasks = tuple(train(one.site, s.TaskState.SUCCEEDED) for one in updates)
+    cohort = tuple(one.site for one in updates)
+    (start,) = of(step(job(recipe), s.Facts(sites(*here), round_(cohort=cohort), tasks, updates), 1.0), s.Aggregate)
+    return start.contributions
+
+
+def test_fednova_divides_each_share_by_the_length_of_the_path_and_keeps_the_length_of_the_step() -> None:
+    updates = (replace(update("a", examples=10), steps=2), replace(update("b", examples=30), steps=6))
+    recipe = spec(aggregation={"rule": "fednova"})
+    # tau_eff = 1/4 x 2 + 3/4 x 6 = 5.
+    assert [part.weight for part in shares(recipe, *updates)] == [0.25 * 5 / 2, 0.75 * 5 / 6]
+    # With momentum 1/2 two steps are 1 + 3/2 of one, six 1 + 3/2 + 7/4 + 15/8 + 31/16 + 63/32.
+    heavy = spec(aggregation={"rule": "fednova"}, local={"steps": 1, "optimizer": "sgd", "momentum": 0.5})
+    effective = 0.25 * 2.5 + 0.75 * 10.03125
+    assert [part.weight for part in shares(heavy, *updates)] == pytest.approx(
+        [0.25 * effective / 2.5, 0.75 * effective / 10.03125], rel=1e-12
+    )
+
+
+def test_with_as_many_steps_everywhere_fednova_is_the_mean_to_the_bit() -> None:
+    updates = (update("a", examples=10), update("b", examples=37), update("c", examples=101))
+    assert shares(spec(aggregation={"rule": "fednova"}), *updates) == shares(spec(), *updates)
+
+
+def test_scaffolds_controls_weigh_by_all_sites_that_may_train() -> None:
+    fields = {
+        "task": {"type": "classification", "labels": ["a", "b"]}, "data": {"name": "d"}, "base_model": {"name": "m"},
+        "local": {"steps": 1, "optimizer": "sgd"}, "aggregation": {"rule": "scaffold", "weights": "equal"},
+    }  # fmt: skip
+    recipe = spec(**fields)
+    found = shares(recipe, update("a"), update("b"), here="abcd")
+    assert [(part.weight, part.control_weight, part.steps) for part in found] == [(0.5, 0.25, 5)] * 2
+    # One that trained and is gone since counts all the same.
+    found = shares(recipe, update("a"), update("b"), here="a")
+    assert [part.control_weight for part in found] == [0.5, 0.5]

@@ -113,15 +113,14 @@ class World:
                 assert job.head_version == effect.number - 1, "a round opens on the committed one before it"
             if isinstance(effect, s.Commit):
                 assert effect.version == (0 if job.head_version is None else job.head_version + 1)
-                distilled = effect.digest != (
-                    facts.command.digest if effect.version and facts.command else effect.digest
-                )
-                assert (distilled or bool(effect.undistilled)) == self.spec.is_distilled(effect.version)
             if isinstance(effect, s.Commit) and effect.version > 0:
                 parts = {(part.site, part.digest) for part in effect.contributions}
                 assert len(parts) == len(effect.contributions) >= self.spec.cohort.quorum
                 assert parts <= accepted
                 assert sum(part.weight for part in effect.contributions) == pytest.approx(1.0)
+                assert facts.command is not None
+                distilled = effect.digest != facts.command.digest
+                assert (distilled or bool(effect.undistilled)) == self.spec.is_distilled(effect.version)
 
     def pass_time(self, seconds: float) -> None:
         job = self.store.jobs.facts(self.job_id, now_unix_seconds=NOW)[0]
@@ -266,8 +265,8 @@ def test_a_job_ends_whatever_happens_and_goes_on_when_everything_is_well_again(
     for what, how in [("cooperate", None)] * begun + story:
         act(world, what, how)
         world.drive()
-    # From here on nobody does anything: each attempt has one deadline, version 0 one for each site, an aggregate two, and
-    # a distillation one.
+    # From here on nobody does anything: each attempt has one deadline, version 0 one for each site, an aggregate two, a
+    # distillation one.
     world.control("resume")
     deadlines = SITES + 1 + rules["retries"] + 1 + 2 + 2 + 1
     world.within(2 * deadlines, lambda job: job.state.ended, then=lambda: world.pass_time(DEADLINE_SECONDS / 2 + 1))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator.services import agents
 from protos.encoded_files import TensorFile, rebuild, write_encoded
 from protos.errors import NotFound
 from protos.v1 import agent_pb2
@@ -98,7 +99,7 @@ async def test_an_update_that_does_not_hold_what_it_claims_is_refused(
 
 
 async def test_a_site_gets_the_difference_from_version_0_and_hears_which_of_its_updates_counted(
-    federation: Federation, tmp_path: Path
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     site, other = federation.site("st-olav"), federation.site("haukeland")
     task = await federation.job_with_version_0(site, content=VERSION_0, **ENCODED)
@@ -129,7 +130,10 @@ async def test_a_site_gets_the_difference_from_version_0_and_hears_which_of_its_
         agent=agent_pb2.AgentInfo(version="1"), keeps=[task.job_id, "unknown-1"], holding=[task.id]
     )
     assert (await site.agent("LeaseTask", asked)).ended == ["unknown-1"]
+    # Whoever waits for work hears of the end at once: long before its wait is over.
+    monkeypatch.setattr(agents, "MAX_WAIT_SECONDS", 3600)
+    asked.wait_seconds = 3600
+    waiting = asyncio.ensure_future(site.agent("LeaseTask", asked))
     done = await hand_in(site, task, update(tmp_path, seed=1), base_version=1)
     assert done.fate == agent_pb2.FATE_ACCEPTED, done.reason
-    while set((await site.agent("LeaseTask", asked)).ended) != {task.job_id, "unknown-1"}:
-        await asyncio.sleep(0.1)
+    assert (await waiting).ended == [task.job_id, "unknown-1"]

@@ -104,6 +104,21 @@ def test_nothing_is_warned_of_when_everything_is_there():
             "h has no data set named 'pubmedqa': it is not measured there.",
         ),
         (
+            {"distillation": {"teacher": {"name": "minilm"}}},
+            [site("a")],
+            "No house agent is enrolled, so every aggregate would become a version without the distillation",
+        ),
+        (
+            {"distillation": {"teacher": {"name": "bert-large"}}},
+            [site("a"), site("h", role=Role.HOUSE)],
+            "h does not have the teacher 'bert-large'",
+        ),
+        (
+            {"distillation": {"teacher": {"name": "minilm"}, "data": "public"}},
+            [site("a"), site("h", role=Role.HOUSE)],
+            "h has no data set named 'public' to distil on.",
+        ),
+        (
             {"local": {"steps": 1, "batch_size": 4096}},
             [site("a", memory_bytes=str(8 * GB))],
             "a needs about 88.0 GB of memory and has 8.0 GB, 4096 rows at a time. It would fit with local.micro",

@@ -86,3 +86,27 @@ async def test_an_update_of_more_rows_than_the_site_told_of_is_rejected(
     assert done.fate == fate, done.reason
     if fate == agent_pb2.FATE_REJECTED:
         assert "claims 11 examples; the site's data set 'notes' has 10 rows" in done.reason
+
+
+@pytest.mark.parametrize(
+    ("local", "steps", "fate"),
+    [
+        ({"epochs": 2, "batch_size": 8}, 6, agent_pb2.FATE_ACCEPTED),
+        ({"epochs": 2, "batch_size": 8}, 7, agent_pb2.FATE_REJECTED),
+        # Sequences that are packed are fewer than rows.
+        ({"epochs": 2, "batch_size": 8}, 2, agent_pb2.FATE_ACCEPTED),
+        ({"steps": 5}, 4, agent_pb2.FATE_REJECTED),
+    ],
+)
+async def test_where_steps_are_weights_an_update_of_other_steps_than_the_recipes_is_rejected(
+    federation: Federation, local: dict[str, Any], steps: int, fate: agent_pb2.Fate
+):
+    site = federation.site("st-olav")
+    await federation.submit(**CLASSIFICATION, local=local, aggregation={"rule": "fednova"})
+    await version_0(site, base_digest=BASE)
+    task = await site.lease()
+    blob = await site.upload(task, UPDATE)
+    done = await site.finish(task, manifest=manifest(blob), examples=20, steps=steps)
+    assert done.fate == fate, done.reason
+    if fate == agent_pb2.FATE_REJECTED:
+        assert f"claims {steps} steps; 20 examples make" in done.reason

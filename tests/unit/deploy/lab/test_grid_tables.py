@@ -97,6 +97,13 @@ def test_the_law_of_equal_steps_is_told_from_one_of_equal_rounds(tmp_path: Path,
         assert row["at_steps"] == pytest.approx(0.10) and row["at_rounds"] == pytest.approx(0, abs=1e-12)
 
 
+def test_where_every_site_does_the_same_steps_there_is_no_law_to_show(tmp_path: Path) -> None:
+    def of(axes: Mapping[str, Any]) -> dict[str, Any]:
+        return metrics_of([0.5, 0.6, 0.7], sites=axes["sites"], seed=1, steps=5)
+
+    assert law(read([write_grid(tmp_path / "g", axes={"seed": [1], "sites": [1, 2]}, of=of)])) == []
+
+
 def test_a_curve_has_the_rounds_that_every_seed_measured(tmp_path: Path) -> None:
     def of(axes: Mapping[str, Any]) -> dict[str, Any]:
         return metrics_of([0.5, 0.6, 0.8][: 4 - axes["seed"]], seed=axes["seed"], steps=4)

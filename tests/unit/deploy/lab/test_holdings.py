@@ -14,15 +14,17 @@ from deploy.lab.place import site_rows
 from tests.unit.deploy.lab.grid_of_cells import metrics_of, write_grid
 
 
-def grid_with_rows(folder: Path, *, labels: list[str], partition: dict[str, Any], sites: int = 3) -> Path:
+def grid_with_rows(
+    folder: Path, *, labels: list[str], partition: dict[str, Any], sites: int = 3, column: str = "label"
+) -> Path:
     """A grid of one cell, with the table that its rows came from."""
     folder.mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"text": labels, "label": labels}), folder / "rows.parquet")
     grid = write_grid(folder / "g", axes={"partition": ["skewed"], "seed": [5]},
                       of=lambda axes: metrics_of([0.5, 0.9], sites=sites, seed=5))  # fmt: skip
     rows = str(folder / "rows.parquet")
-    experiment = {"data": {"rows": rows, "validation": rows, "columns": {"label": "label"}}, "partition": partition,
-                  "sites": sites}  # fmt: skip
+    data = {"rows": rows, "validation": rows, "columns": {"label": column} if column else {}}
+    experiment = {"data": data, "partition": partition, "sites": sites}
     whole = Experiment.model_validate(experiment).model_dump(mode="json")
     write_json(grid / "cells" / "partition-skewed,seed-5" / "lab.json", {"experiment": whole})
     return grid
@@ -50,6 +52,17 @@ def test_labels_beyond_the_most_frequent_are_counted_together(tmp_path: Path) ->
     holding = holding_of(study.done[0])
     assert holding is not None and len(holding.labels) == MOST_LABELS + 1 and holding.labels[-1] == OTHERS
     assert sum(own[-1] for own in holding.counts.values()) == 40
+
+
+def test_rows_without_labels_are_bars_and_even_ones_are_not_drawn(tmp_path: Path) -> None:
+    for kind, count in (("quantity", 1), ("uniform", 0)):
+        grid = grid_with_rows(tmp_path / kind, labels=["no", "yes"] * 60, partition={"kind": kind}, column="")
+        study = read([grid])
+        found = drawings(study)
+        assert len(found) == count
+        for drawing, holding in found:
+            widths = [bar.get_width() for bar in drawing.of(study, "#1F2328").axes[0].patches]
+            assert widths == [sum(own) for own in holding.counts.values()] and sum(widths) == 120
 
 
 def test_where_the_rows_are_gone_nothing_is_drawn(tmp_path: Path) -> None:
