@@ -23,7 +23,7 @@ PROTOS := $(wildcard protos/v1/*.proto)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo bench chaos chaos-crash test test-all check lint types protos protos-fresh buf clean
+.PHONY: help setup demo bench chaos chaos-crash recipes recipes-smoke test test-all check lint types protos protos-fresh buf clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -42,6 +42,17 @@ test: $(READY) ## All tests but the slow ones and those for a GPU
 
 test-all: $(READY) ## All tests
 	@$(BIN)/python -m pytest
+
+recipes-smoke: $(READY) ## Each recipe folder in tiny form
+	@$(BIN)/python -m pytest -q tests/recipes/test_smoke.py tests/recipes/test_pages.py
+
+# Each goes on where it was. Those of lab-full.toml need a GPU and data sets, and are run by hand.
+recipes: $(READY) ## Each recipe's twin in full: many hours; what comes of them is below runs/
+	@for file in $(filter-out %/lab-full.toml,$(wildcard deploy/recipes/*/lab*.toml)); do \
+	    folder=$$(dirname $$file); out=runs/$$(basename $$folder)/$$(basename $$file .toml); \
+	    $(BIN)/silotune lab run $$folder --lab $$(basename $$file) --threads 1 --jobs 2 --out $$out; \
+	    $(BIN)/silotune lab report $$out; \
+	done
 
 chaos: $(READY) ## Faults by the hundred, and a judge: SEEDS=200 SEED0=1 ENGINE=sqlite or postgres (with S3, 3 coordinators)
 	@$(BIN)/python -m tests.chaos --seeds $(SEEDS) --seed0 $(SEED0) --engine $(ENGINE) --out chaos/$(ENGINE).json

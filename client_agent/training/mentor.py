@@ -46,7 +46,16 @@ from client_agent.training.mutual import (
     observe,
 )
 from client_agent.training.tables import Split
-from client_agent.training.train import OnStep, Report, autocast, batches, diverged, make_optimizer, out_of_memory
+from client_agent.training.train import (
+    OnStep,
+    Report,
+    autocast,
+    batches,
+    diverged,
+    make_optimizer,
+    out_of_memory,
+    set_gradient_checkpointing,
+)
 from protos import jobspec
 from protos.errors import CorruptData, InvalidInput
 
@@ -260,10 +269,11 @@ def _path(task: TaskSpec, round_number: int) -> Path:
 @contextmanager
 def _both_trained(mentee: Model, mentor: Mentor, *, maps: bool) -> Iterator[None]:
     with ExitStack() as stack:
-        for network in (mentee.network, mentor.model.network):
-            network.train()
+        for model in (mentee, mentor.model):
+            model.network.train()
+            set_gradient_checkpointing(model, wanted=False)
             if maps:
-                stack.enter_context(eager_attention(network))
+                stack.enter_context(eager_attention(model.network))
         yield
 
 

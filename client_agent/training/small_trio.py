@@ -46,6 +46,8 @@ WARM_UP_STEPS = 50
 # DistilBERT's own: the temperature, and the weights of teacher's words, right words and directions of hidden states.
 TEMPERATURE, TEACHER, WORDS, DIRECTION = 2.0, 5.0, 2.0, 1.0
 
+# The spread of new layers, as in the configurations of all three.
+NEW_LAYERS = 0.02
 # Batches that are sorted together.
 STRETCH = 16
 
@@ -63,6 +65,11 @@ class Sizes:
     layers: int = 4
     heads: int = 4
     positions: int = 128
+
+    @property
+    def spread(self) -> float:
+        """Of the weights before pre-training: a layer passes on as much of its input as one of 768 with 0.02 does."""
+        return 0.02 * (768 / self.hidden) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,10 @@ def make(
         _pretrain(model, pairs.batches(), how=pretraining, on_step=on_step)
     if kind == "distilbert":
         model = _distilled(model, pairs, sizes=sizes, how=pretraining, on_step=on_step)
-    model.base_model.save_pretrained(directory)
+    # What is put on it later begins as on the real ones.
+    model.config.initializer_range = NEW_LAYERS
+    encoder: Any = model.base_model
+    encoder.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
@@ -188,7 +198,7 @@ def _bert(sizes: Sizes) -> BertConfig:
     return BertConfig(
         vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads, intermediate_size=4 * sizes.hidden,
-        max_position_embeddings=sizes.positions,
+        max_position_embeddings=sizes.positions, initializer_range=sizes.spread,
     )  # fmt: skip
 
 
@@ -196,7 +206,7 @@ def _albert(sizes: Sizes) -> AlbertConfig:
     return AlbertConfig(
         vocab_size=sizes.vocabulary, embedding_size=sizes.hidden // 2, hidden_size=sizes.hidden,
         num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, intermediate_size=4 * sizes.hidden,
-        max_position_embeddings=sizes.positions, classifier_dropout_prob=0.1,
+        max_position_embeddings=sizes.positions, initializer_range=sizes.spread, classifier_dropout_prob=0.1,
         pad_token_id=0, bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
 
@@ -204,7 +214,7 @@ def _albert(sizes: Sizes) -> AlbertConfig:
 def _distilbert(sizes: Sizes) -> DistilBertConfig:
     return DistilBertConfig(
         vocab_size=sizes.vocabulary, dim=sizes.hidden, n_layers=sizes.layers // 2, n_heads=sizes.heads,
-        hidden_dim=4 * sizes.hidden, max_position_embeddings=sizes.positions,
+        hidden_dim=4 * sizes.hidden, max_position_embeddings=sizes.positions, initializer_range=sizes.spread,
     )  # fmt: skip
 
 

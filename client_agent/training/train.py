@@ -67,7 +67,7 @@ def train(
     # Each process has other rows, and so another dropout.
     torch.manual_seed(seed + model.group.rank)
     model.network.train()
-    _set_gradient_checkpointing(model, wanted=local.gradient_checkpointing)
+    set_gradient_checkpointing(model, wanted=local.gradient_checkpointing)
     optimizer = make_optimizer(model, local=local, learning_rate=learning_rate_at(0))
     # Before a checkpoint moves the model from where the round began.
     drift = Drift(model, proximal=local.proximal, corrections=corrections)
@@ -142,7 +142,7 @@ def out_of_memory(batch_rows: int) -> OutOfSpace:
     )
 
 
-def _set_gradient_checkpointing(model: Model, *, wanted: bool) -> None:
+def set_gradient_checkpointing(model: Model, *, wanted: bool) -> None:
     """As this task wants it: a model that is warm may have served another one."""
     network: Any = model.network
     if wanted == network.is_activation_checkpointing:

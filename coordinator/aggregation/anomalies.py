@@ -16,8 +16,9 @@ from protos.update_figures import COEFFICIENT, COSINE, NORM, NORM_Z
 # Rounds that are pooled, and the fewest values of which a deviation is taken.
 POOLED_ROUNDS = 10
 FEWEST_POOLED = 12
-# In logs: lengths that differ by less than this are alike, however alike the others are.
-LEAST_DEVIATION = 0.01
+# In logs. Under Adam all updates of a round are about as long as the learning rate allows, and their lengths differ by
+# 2 %: measured by that alone, some honest site would be an outlier in every other round.
+LEAST_DEVIATION = 0.1
 
 
 def figures(

@@ -50,7 +50,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _take(rows: list[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The first `most` rows of each domain, and the others."""
     counted: Counter[str] = Counter()
-    taken, left = [], []
+    taken: list[dict[str, Any]] = []
+    left: list[dict[str, Any]] = []
     for row in rows:
         counted[row["label"]] += 1
         (taken if counted[row["label"]] <= most else left).append(row)

@@ -185,7 +185,8 @@ def _points_figure(study: Study, ink: str, *, x: str, column: str, label: str) -
         axes.set_xlim(-0.5, len(places) - 0.5)
         axes.set_xlabel("number of sites" if x == "sites" else x)
         if x != "sites" and len(places) > 3:
-            axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
+            for tick in axes.get_xticklabels():
+                tick.set(rotation=30, ha="right", rotation_mode="anchor")
         as_share(axes, study.metric if column != "aggregation_error" else column)
     finish(figure, all_axes, label=label, wide=len(panels) > 1)
     return figure

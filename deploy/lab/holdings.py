@@ -25,7 +25,7 @@ from deploy.lab.run import PLAN
 MOST_SITES, MOST_LABELS, MOST_FIGURES = 32, 16, 8
 OTHERS = "others"
 # Letters of all labels together that stand beside each other without turning.
-LONG_LABELS = 30
+LONG_LABELS = 20
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ def drawings(study: Study) -> list[tuple[Drawing, Holding]]:
             first.setdefault((cell.axes.get("data"), cell.axes.get("partition"), sites), cell)
     found: list[tuple[Drawing, Holding]] = []
     for (data, shared, sites), cell in sorted(first.items(), key=lambda entry: entry[0][1] in (None, "uniform")):
-        holding = holding_of(cell)
-        if holding is not None and len(found) < MOST_FIGURES:
+        holding = holding_of(cell) if len(found) < MOST_FIGURES else None
+        if holding is not None:
             name = f"holdings_{len(found) + 1}"
             of = ", ".join(str(word) for word in (data, shared or "the partition", f"{sites} sites") if word)
             says = (
-                f"What the rows of each site are by {holding.column}, and how many it has; seed {cell.done['spec']['seed']}."
+                f"What the rows of each site are by {holding.column}; seed {cell.done['spec']['seed']}."
                 if holding.column
                 else f"Rows at each site; seed {cell.done['spec']['seed']}."
             )
@@ -96,10 +96,10 @@ def _figure(study: Study, ink: str, *, holding: Holding) -> Figure:
     light = ink == figures.INK["light"]
     shades = LinearSegmentedColormap.from_list("rows", [PAPER["light"], BLUE] if light else [PAPER["dark"], SKY])
     shares = [[count / max(1, sum(own)) for count in own] for own in counts]
-    drawn = axes.imshow(shares, aspect="auto", cmap=shades, vmin=0, vmax=1)
+    drawn = axes.imshow(shares, aspect="auto", cmap=shades, vmin=0)
     axes.set_xticks(range(len(holding.labels)), holding.labels)
     if len("".join(holding.labels)) > LONG_LABELS:
-        axes.set_xticks(axes.get_xticks(), holding.labels, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_xticks(axes.get_xticks(), holding.labels, rotation=65, ha="right", rotation_mode="anchor")
     axes.set_xlabel(holding.column)
     axes.grid(visible=False)
     totals = axes.twinx()
@@ -108,5 +108,5 @@ def _figure(study: Study, ink: str, *, holding: Holding) -> Figure:
     totals.set_ylabel("rows of the site")
     totals.grid(visible=False)
     bar = made.colorbar(drawn, ax=axes, label="part of the site's rows", shrink=0.8, pad=0.14)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     return made

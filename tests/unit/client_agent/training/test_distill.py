@@ -299,7 +299,7 @@ def members(house: Site) -> tuple[dict[str, Any], Path, list[dict[str, Any]]]:
     """A recipe without labels, and the updates of three sites that know two labels each, with their mean."""
     recipe = house.recipe(
         base_model=STUDENT,
-        local={"steps": 20, "batch_size": 14, "learning_rate": 5e-3},
+        local={"steps": 40, "batch_size": 14, "learning_rate": 2e-2},
         distillation={"labels": False, "data": "texts", "epochs": 8, "batch_size": 14, "learning_rate": 3e-3},
     )
     start = version_0(house, recipe)
@@ -335,7 +335,7 @@ def test_without_labels_the_mean_of_the_sites_logits_teaches(house: Site, member
 
     # What taught is the weighted mean of what each update says, looked at one by one.
     (model,) = house.warm.models.values()
-    tokens = next(kept for key, kept in house.warm.splits.items() if "validation" in str(key))
+    tokens = next(kept for key, kept in house.warm.splits.items() if key[0][2] == "validation")
     mean = torch.zeros(len(tokens), len(LABELS))
     model.network.eval()
     inputs, labels = tokens.batch(torch.arange(len(tokens)), device="cpu")
@@ -348,19 +348,8 @@ def test_without_labels_the_mean_of_the_sites_logits_teaches(house: Site, member
     assert found["teacher_loss"] == pytest.approx(float(loss), rel=1e-4)
     assert found["teacher_accuracy"] == pytest.approx(float((mean.argmax(1) == labels).float().mean()))
 
+    # Where the texts have labels, nobody looks at them.
+    path = write_rows(house.directory / "labelled.jsonl", [{**row, "label": "none of the recipe's"} for row in rows])
+    change["proxy_data_set"] = DataSet(path=str(path), validation=0.0).model_dump(mode="json")
     again, _ = distill(replace(house, warm=Warm()), recipe, model=aggregate, name="again", **change)
     assert again.read_bytes() == made.read_bytes()
-
-
-def test_the_labels_of_texts_are_not_looked_at_without_labels(house: Site, members: Any) -> None:
-    recipe, aggregate, updates = members
-    recipe = {**recipe, "distillation": {**recipe["distillation"], "epochs": 1}}
-    made = []
-    for name, label in {"true": "drug", "wrong": "no label of the recipe"}.items():
-        rows = [{"text": text, "label": label} for kind in LABELS for text in texts_of(kind, rows=14, start=50)]
-        path = write_rows(house.directory / f"{name}.jsonl", rows)
-        proxy = DataSet(path=str(path), validation=0.0).model_dump(mode="json")
-        made.append(
-            distill(house, recipe, model=aggregate, name=name, members=updates, proxy_data_set=proxy)[0].read_bytes()
-        )
-    assert made[0] == made[1]

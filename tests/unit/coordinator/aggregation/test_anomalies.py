@@ -51,7 +51,8 @@ def test_an_unusual_length_shows_once_enough_rounds_were_seen_also_while_all_upd
         history.append(by_site(found, NORM))
 
 
-def test_lengths_that_are_all_but_equal_are_no_outliers() -> None:
+def test_one_that_is_a_little_longer_than_equal_ones_is_no_outlier() -> None:
     lengths = dict.fromkeys(SITES, 1.0)
-    found = figures(np.diag([1.0, 1.0, 1.0, 1.01]), sites=SITES, coefficients=None, history=[lengths] * 5)
-    assert abs(by_site(found, NORM_Z)["delta"]) < OUTLYING_Z
+    for length, outlying in ((1.3, False), (1.5, True)):
+        found = figures(np.diag([1.0, 1.0, 1.0, length**2]), sites=SITES, coefficients=None, history=[lengths] * 5)
+        assert (abs(by_site(found, NORM_Z)["delta"]) > OUTLYING_Z) == outlying
