@@ -234,7 +234,7 @@ class Coordinator:
         _log.info("stopped")
 
     def _main_server(self, *, insecure: bool) -> grpc.aio.Server:
-        gate = Gate(site=self._store.sites.get, insecure=insecure)
+        gate = Gate(sites=self._store.sites.named, insecure=insecure)
         server = grpc.aio.server(interceptors=[Outcome(metrics=self._metrics), gate], options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers(
             tuple(handlers(service, answered_by=self._answered_by[service.name]) for service in SERVICES)

@@ -13,7 +13,7 @@ import inspect
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -125,15 +125,20 @@ class Gate(grpc.aio.ServerInterceptor):
     def __init__(
         self,
         *,
-        site: Callable[[str], SiteRow | None],
+        sites: Callable[[Collection[str]], Mapping[str, SiteRow]],
         unix_seconds: Callable[[], float] = time.time,
         insecure: bool = False,
     ) -> None:
-        """`site(name)` answers with the registry row; it may block and runs in a thread."""
-        self._site = site
+        """`sites(names)` answers with their registry rows; it may block and runs in a thread."""
+        self._sites = sites
         self._unix_seconds = unix_seconds
         self._insecure = insecure
-        self._rows: dict[str, tuple[float, SiteRow | None]] = {}
+        # Rows of all who call, read together: one reading a second, however many sites wait.
+        self._rows: Mapping[str, SiteRow] = {}
+        self._read_at = float("-inf")
+        self._wanted: set[str] = set()
+        self._turn = asyncio.Lock()
+        self._next: asyncio.Task[Mapping[str, SiteRow]] | None = None
 
     async def intercept_service(self, continuation, details):
         handler = await continuation(details)
@@ -172,15 +177,23 @@ class Gate(grpc.aio.ServerInterceptor):
             )
 
     async def _row(self, name: str) -> SiteRow | None:
-        now = time.monotonic()
-        read_at, row = self._rows.get(name, (float("-inf"), None))
-        if now - read_at >= REGISTRY_CACHE_SECONDS:
-            row = await asyncio.to_thread(self._site, name)
-            if row is None:
-                self._rows.pop(name, None)
-            else:
-                self._rows[name] = (now, row)
-        return row
+        if name in self._rows and time.monotonic() - self._read_at < REGISTRY_CACHE_SECONDS:
+            return self._rows[name]
+        self._wanted.add(name)
+        if self._next is None:
+            self._next = asyncio.create_task(self._read_in_turn())
+        # One whose call ends does not take the reading away from the others.
+        return (await asyncio.shield(self._next)).get(name)
+
+    async def _read_in_turn(self) -> Mapping[str, SiteRow]:
+        async with self._turn:
+            # Whoever asks from here on needs a later reading.
+            self._next = None
+            wanted, self._wanted = {*self._rows, *self._wanted}, set()
+            read_at = time.monotonic()
+            rows = await asyncio.to_thread(self._sites, wanted)
+            self._rows, self._read_at = rows, read_at
+            return rows
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,12 @@ class Sites:
         with self._database.read() as connection:
             row = connection.execute(select(schema.sites).where(schema.sites.c.name == name)).first()
         return None if row is None else _site(row)
+
+    def named(self, names: Collection[str]) -> dict[str, SiteRow]:
+        """Those of these that are in the registry."""
+        with self._database.read() as connection:
+            rows = connection.execute(select(schema.sites).where(schema.sites.c.name.in_(tuple(names))))
+            return {row.name: _site(row) for row in rows}
 
     def all(self) -> list[SiteRow]:
         with self._database.read() as connection:

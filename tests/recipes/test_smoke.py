@@ -78,6 +78,7 @@ def in_small(plan: Plan, *, encoder: LabModel, tables: Path) -> Plan:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_first_and_the_last_cell_of_a_recipe_run(folder: Path, encoder: LabModel, tmp_path: Path) -> None:
     found = cells(folder)
