@@ -9,8 +9,8 @@ The trainer makes the directory when it needs it, and writes what lies there:
     mentor-<round>.safetensors      this site's own model after that round, with a mentor
     medqa-validation-version-<v>.jsonl, ...    the answers of a version to a benchmark's questions
 
-Nothing here is needed to go on: without it a whole version is fetched, what was lost stays lost, and a mentor begins
-anew. It goes when the coordinator says that the job has ended for good.
+Nothing here is needed to go on: without it a whole version is fetched, what was lost stays lost, and a teacher
+or mentor begins anew. It goes when the coordinator says that the job has ended for good.
 """
 
 from __future__ import annotations

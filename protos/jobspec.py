@@ -196,6 +196,8 @@ class JobSpec(Part):
             raise ValueError("quantization freezes the base model, so it needs method lora")
         if self.local.warm_head and not (isinstance(self.task, Classification) and isinstance(method, Full)):
             raise ValueError("warm_head trains a classifier's new head alone at first, so it needs method full")
+        if self.local.warm_head and self.distillation:
+            raise ValueError("a distillation trains all of the model in every round, so it takes no warm_head")
         mixed = isinstance(method, Lora) and any(rank != method.rank for rank in method.ranks.values())
         how = self.aggregation
         check_robust(how.robust, report=how.report, rule=rule, mixed_ranks=mixed, quorum=self.cohort.quorum)

@@ -64,7 +64,7 @@ METRICS = frozenset(
     }
 )
 LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", *DISTILLATION_LOSSES, *(f"{name}_unparseable" for name in BENCHMARKS)}
+    {"loss", "perplexity", "mentor_loss", *DISTILLATION_LOSSES, *(f"{name}_unparseable" for name in BENCHMARKS)}
 )
 
 # Where a task's time went at the site, in seconds.

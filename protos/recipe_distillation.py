@@ -49,8 +49,8 @@ class Distillation(Part):
     def _one_teacher(self) -> Distillation:
         if self.teacher and not self.labels:
             raise ValueError("labels = false learns from the sites' updates, so it takes no teacher")
-        if self.teacher and self.teacher.quantization != "none":
-            raise ValueError("all of the teacher is trained, so it takes no quantization")
+        if self.teacher and (self.teacher.quantization != "none" or self.teacher.dtype != "float32"):
+            raise ValueError("a teacher is trained whole, so it has no quantization and dtype float32")
         return self
 
 

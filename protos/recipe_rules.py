@@ -100,8 +100,6 @@ LORA_RULES = ("ffa-lora", "rolora", "svd", "flora", "fedex", "fed-sb")
 DRIFT_RULES = ("fednova", "scaffold")
 # After such a round a column of A or B no longer stands for what it stood for before.
 REBASING_RULES = ("svd", "flora")
-# After these any tensor of a version may still change.
-DISTILLED_RULES = ("mean", "svd", "fednova")
 # What these cannot put into A and B goes into frozen tensors beside them, of which there are more each round.
 FOLDING_RULES = ("flora", "fedex")
 

@@ -30,7 +30,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from client_agent.taskdir import TaskSpec
+from client_agent.taskdir import TaskSpec, sync
 from client_agent.training.evaluate import evaluate, predictions
 from client_agent.training.files import write_tensors
 from client_agent.training.kinds import Encoded, Kind, loss_sum
@@ -38,9 +38,18 @@ from client_agent.training.loading import load_version, update_norm
 from client_agent.training.model import Model
 from client_agent.training.mutual import Seen, attention_transfer, eager_attention, kl, mutual_loss, observe
 from client_agent.training.teacher import Teacher
-from client_agent.training.train import OnStep, autocast, batches, make_optimizer, train
+from client_agent.training.train import (
+    OnStep,
+    autocast,
+    batches,
+    make_optimizer,
+    set_gradient_checkpointing,
+    train,
+)
 from protos import jobspec
 from protos.errors import InvalidInput
+
+HINT = "Lower learning_rate and teacher_learning_rate under [distillation]."
 
 
 @dataclass(frozen=True)
@@ -113,8 +122,10 @@ def distill(student: Model, *, aggregate: Path, make_teacher: Callable[[], Teach
 def write_result(model: Model, *, taught: Taught, aggregate: Path, path: Path) -> None:
     """The aggregate with what the model has learnt in place of its own; where that is not taken, its own bytes."""
     if not taught.metrics["distillation_kept"]:
-        copyfile(aggregate, path.with_suffix(".new"))
-        path.with_suffix(".new").rename(path)
+        temporary = path.with_suffix(".new")
+        copyfile(aggregate, temporary)
+        sync(temporary)
+        temporary.rename(path)
         return
     with safe_open(aggregate, framework="pt") as file:
         rest = {name: file.get_tensor(name) for name in file.keys() if name not in model.federated}  # noqa: SIM118
@@ -179,11 +190,15 @@ def _teach_alone(teacher: Teacher, *, lesson: Lesson) -> int:
         if lesson.ends_epoch(done, steps=total):
             teacher.look()
 
-    train(
-        teacher.model, tokens=lesson.rows, task=lesson.kind, local=local, steps=steps,
-        learning_rate_at=lambda step: how.teacher_learning_rate * (1 - step / steps),
-        seed=lesson.task.seed, on_step=on_step,
-    )  # fmt: skip
+    try:
+        train(
+            teacher.model, tokens=lesson.rows, task=lesson.kind, local=local, steps=steps,
+            learning_rate_at=lambda step: how.teacher_learning_rate * (1 - step / steps),
+            seed=lesson.task.seed, on_step=on_step,
+        )  # fmt: skip
+    except InvalidInput as error:
+        # The hint is of a training at a site, whose keys are others.
+        raise InvalidInput(f"Of the teacher: {error.message}", hint=HINT) from error
     teacher.settle()
     return steps
 
@@ -232,10 +247,8 @@ def _descend(
     torch.manual_seed(seed)
     optimizers = []
     for model, rate in rates:
-        network: Any = model.network
-        if network.is_activation_checkpointing:
-            network.activation_checkpointing_disable()
-        network.train()
+        model.network.train()
+        set_gradient_checkpointing(model, wanted=False)
         local = lesson.local(epochs=how.epochs, learning_rate=rate)
         optimizers.append(make_optimizer(model, local=local, learning_rate=rate))
     losses = deque[float](maxlen=math.ceil(len(lesson.rows) / how.batch_size))
@@ -287,7 +300,4 @@ def _load(student: Model, path: Path, *, lesson: Lesson) -> None:
 
 
 def _diverged(what: str) -> InvalidInput:
-    return InvalidInput(
-        f"The distillation diverged: {what}.",
-        hint="Lower learning_rate and teacher_learning_rate under [distillation].",
-    )
+    return InvalidInput(f"The distillation diverged: {what}.", hint=HINT)

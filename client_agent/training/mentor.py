@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from client_agent.settings import DataSet
 from client_agent.taskdir import Paused, TaskSpec, sync_directory, until_written
+from client_agent.training.data import without_content
 from client_agent.training.evaluate import evaluate
 from client_agent.training.files import write_tensors
 from client_agent.training.kinds import Encoded, Kind
@@ -57,7 +58,7 @@ from client_agent.training.train import (
     set_gradient_checkpointing,
 )
 from protos import jobspec
-from protos.errors import CorruptData, InvalidInput
+from protos.errors import CorruptData, InvalidInput, SiteConfigInvalid
 
 STATE = "mentor-{round}.safetensors"
 PROJECTION = "projection.weight"
@@ -123,8 +124,14 @@ def train_with_mentor(
     )  # fmt: skip
     metrics = {"mentor_loss": mentor_loss}
     if DataSet.model_validate(task.data_set).validation:
+        try:
+            held_out = tokens_of("validation")
+        except SiteConfigInvalid as error:
+            # A share of few rows may be none. What was trained counts all the same.
+            warn(f"The mentor was not measured: {without_content(error)}")
+            return loss, metrics
         found = evaluate(
-            mentor.model, tokens=tokens_of("validation"), task=kind, local=spec.local,
+            mentor.model, tokens=held_out, task=kind, local=spec.local,
             on_rows=lambda done, total: report("training", steps, steps, "steps", {}),
         )  # fmt: skip
         metrics["mentor_accuracy"] = found["accuracy"]
@@ -144,19 +151,22 @@ def mentor_of(
     assert own.base_model is not None
     what = (own.base_model.model_dump_json(), own.method.model_dump_json(), kind)
     key = (task.teacher_digest, task.teacher_model_path, *what, str(beside.device))
+
+    def anew() -> Mentor:
+        # First the other one goes: two would not fit on many a GPU.
+        kept.clear()
+        kept[key] = _new(task, spec=spec, kind=kind, beside=beside)
+        return kept[key]
+
     if before.exists():
         try:
-            mentor = kept.get(key) or _new(task, spec=spec, kind=kind, beside=beside)
-            mentor.load(before)
-            _keep(kept, key, mentor)
-            return mentor
+            (kept[key] if key in kept else anew()).load(before)
+            return kept[key]
         except (CorruptData, InvalidInput) as error:
             warn(f"The mentor begins anew, because its state cannot be used: {error.message}")
     elif task.counted_round:
         warn("The mentor begins anew, because its state is no longer here.")
-    mentor = _new(task, spec=spec, kind=kind, beside=beside)
-    _keep(kept, key, mentor)
-    return mentor
+    return anew()
 
 
 def spec_of_mentor(spec: jobspec.JobSpec) -> jobspec.JobSpec:
@@ -294,9 +304,3 @@ def _new(task: TaskSpec, *, spec: jobspec.JobSpec, kind: Kind, beside: Model) ->
     with torch.no_grad():
         projection.weight.copy_(torch.eye(mentors, mentees))
     return Mentor(model, projection)
-
-
-def _keep(kept: OrderedDict[Hashable, Mentor], key: Hashable, mentor: Mentor) -> None:
-    """This one alone: a second would not fit on many a GPU."""
-    kept.clear()
-    kept[key] = mentor

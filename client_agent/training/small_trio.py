@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from client_agent.training.train import prepare
+from protos.errors import InvalidInput
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 IGNORED = -100
@@ -162,6 +163,11 @@ class Pairs:
     def batches(self) -> Iterator[Batch]:
         parts = [(first, second) for first, second in map(halves, self.texts) if first and second]
         size = self.how.batch_size
+        if len(parts) < size:
+            raise InvalidInput(
+                f"Only {len(parts)} of {len(self.texts)} texts have two parts, and a batch has {size}.",
+                hint="Give more texts, of several words each.",
+            )
         draw = torch.Generator().manual_seed(self.seed)
         while True:
             order = torch.randperm(len(parts), generator=draw).tolist()

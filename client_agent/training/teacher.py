@@ -75,6 +75,8 @@ class Teacher:
                 self._load(counted)
             except (CorruptData, InvalidInput) as error:
                 self.warn(f"The teacher begins anew, because its state cannot be used: {error.message}")
+        elif self.task.counted_round:
+            self.warn("The teacher begins anew, because its state is no longer here.")
         self.best = self.measure(self.model)
         self._write()
         return self.best

@@ -11,7 +11,6 @@ Only a layer's LoRA pair is taken whole (see layers.py): what it stands for is a
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -26,19 +25,18 @@ from coordinator.aggregation.controls import Controls
 from coordinator.aggregation.gram import block_elements, gram_matrix, stacked
 from coordinator.aggregation.layers import Layers
 from coordinator.aggregation.lora_rules import Matrix
+from coordinator.aggregation.output import Output
 from coordinator.aggregation.reading import BLOCK_ELEMENTS as BLOCK_ELEMENTS
 from coordinator.aggregation.reading import DTYPES as DTYPES
 from coordinator.aggregation.reading import EncodedReader, Reader
-from coordinator.aggregation.robust import coefficients, coordinate_wise, is_coordinate_wise
+from coordinator.aggregation.robust import Vector, coefficients, coordinate_wise, is_coordinate_wise
 from coordinator.aggregation.server_optimizer import OptimizerState, apply
 from protos import tensors
 from protos.adapters import CONTROL, split_name, update_tensors
-from protos.digests import new_hasher
 from protos.encoded_files import TensorFile
-from protos.encodings import Named
 from protos.errors import CorruptData, Internal, SilotuneError
 from protos.jobspec import DRIFT_RULES, JobSpec, Lora, NoServerOptimizer, ServerOptimizer
-from protos.recipe_robust import NotRobust
+from protos.recipe_robust import NotRobust, Robust
 
 
 class CorruptUpdate(Exception):
@@ -82,46 +80,6 @@ def read_header(path: Path) -> tuple[bytes, tensors.Layout]:
     return header, tensors.parse_header(header, file_bytes=path.stat().st_size)
 
 
-class _Output:
-    """The new version's file, hashed as it is written. Its header is known, or follows from what was written."""
-
-    def __init__(self, path: Path, *, header: bytes | None) -> None:
-        self._path, self._header = path, header
-        self._file = path.open("wb")
-        self._hasher = new_hasher()
-        self._named: list[Named] = []
-        self.write(header or b"")
-
-    def write(self, block: bytes) -> None:
-        self._file.write(block)
-        self._hasher.update(block)
-
-    def begin(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        """What is written next is this tensor."""
-        self._named.append((name, dtype, shape))
-
-    def finish(self) -> str:
-        """The digest of what is on disk when this returns."""
-        if self._header is None:
-            self._put_header_before()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._hasher.hexdigest()
-
-    def _put_header_before(self) -> None:
-        if self._named != sorted(self._named):
-            raise Internal("The tensors of a version came in another order than the canonical one.")
-        self._file.close()
-        data = self._path.rename(self._path.with_suffix(".data"))
-        self._file, self._hasher = self._path.open("wb"), new_hasher()
-        self.write(tensors.make_header(self._named)[0])
-        with data.open("rb") as source:
-            while piece := source.read(1 << 20):
-                self.write(piece)
-        data.unlink()
-
-
 def combine(
     inputs: Sequence[Input],
     *,
@@ -149,8 +107,6 @@ def combine(
     buffer = bytearray(BLOCK_ELEMENTS * 8)
     weights = [part.weight for part in inputs]
     robust = spec.aggregation.robust if spec else NotRobust(type="none")
-    by_coordinate = is_coordinate_wise(robust)
-    step = block_elements(len(inputs)) if by_coordinate else BLOCK_ELEMENTS
     measured: dict[str, float] = {}
     with ExitStack() as stack:
         base = None if previous is None else stack.enter_context(_open_previous(previous))
@@ -162,7 +118,6 @@ def combine(
             found = coefficients(robust, gram, weights=weights)
             measured = figures(gram, sites=[part.site for part in inputs], coefficients=found, history=history)
             weights = weights if found is None else found.tolist()
-        rest = 0.0 if by_coordinate else _rest(weights)
         readers = [_open(part, buffer, base=base, held=names) for part, names in zip(inputs, held, strict=True)]
         header, layout = _header(inputs[0].path, site=inputs[0].site) if base is None else (None, base.layout)
         header = header or tensors.make_header(layout.named)[0]
@@ -170,60 +125,17 @@ def combine(
         controls = _controls(inputs, base, spec=spec, round_number=round_number, stack=stack)
         memory = None
         if not isinstance(optimizer, NoServerOptimizer) and state_output is not None:
-            # A fold is no variable of the optimizer, and of another size each time; nor is a control.
-            kept = tuple(
-                tensor
-                for tensor in layout.tensors
-                if not split_name(tensor.name)[1].startswith("fold") and not (controls and _is_control(tensor))
-            )
-            variables = tensors.Layout(kept, layout.data_start)
+            variables = _variables(layout, has_controls=controls is not None)
             memory = OptimizerState.begin(optimizer, variables, state, state_output, digest=state_digest)
-        layers = None
-        # Where updates are plain vectors, a pair is nothing else than other tensors.
-        vectors = spec is not None and (spec.aggregation.rule in DRIFT_RULES or robust.type != "none")
-        if spec and before and isinstance(spec.method, Lora) and not vectors:
-            layers = Layers(spec, round_number, weights)
-        out = _Output(output, header=None if layers and layers.grows else header)
-        total, term = np.empty(BLOCK_ELEMENTS), np.empty(BLOCK_ELEMENTS)
+        layers = _layers(spec, round_number, weights) if before else None
+        out = Output(output, header=None if layers and layers.grows else header)
+        work = _Combination(weights, robust, readers, held, before, controls, layers, optimizer, memory, out)
         for (layer, is_pair), group in groupby(layout.tensors, key=_unit):
-            if layers and before and is_pair:
-                _combine_layer(
-                    layer, list(group), layers=layers, before=before, readers=readers, held=held,
-                    optimizer=optimizer, memory=memory, out=out,
-                )  # fmt: skip
-                continue
-            for tensor in group:
-                dtype = DTYPES[tensor.dtype]
-                out.begin(tensor.name, tensor.dtype, tensor.shape)
-                travels = not held[0] or tensor.name in held[0]
-                for start in range(0, tensor.elements, step):
-                    count = min(step, tensor.elements - start)
-                    if controls and before and _is_control(tensor):
-                        control = before.values(count, dtype).astype(np.float64)
-                        out.write(controls.block(tensor.name, start, count, old=control).astype(dtype).tobytes())
-                        continue
-                    mean, scaled = total[:count], term[:count]
-                    if by_coordinate and travels:
-                        mean = coordinate_wise(robust, stacked(readers, count, dtype))
-                    contributing = () if by_coordinate or not travels else zip(readers, weights, strict=True)
-                    for place, (reader, weight) in enumerate(contributing):
-                        values = reader.values(count, dtype)
-                        np.multiply(values, weight, out=scaled if place else mean, dtype=np.float64)
-                        if place:
-                            np.add(mean, scaled, out=mean)
-                    # Also where it is not needed: its digest is taken from all of it.
-                    old = None if before is None else before.values(count, dtype)
-                    if old is not None and not travels:
-                        mean[:] = old
-                    elif old is not None and rest:
-                        np.multiply(old, rest, out=scaled, dtype=np.float64)
-                        np.add(mean, scaled, out=mean)
-                    if old is not None and memory is not None:
-                        state_block = memory.block(tensor, start, count)
-                        if travels:
-                            mean = apply(optimizer, old=old.astype(np.float64), mean=mean, state=state_block)
-                        memory.save()
-                    out.write(mean.astype(dtype).tobytes())
+            if layers and is_pair:
+                work.combine_layer(layer, list(group))
+            else:
+                for tensor in group:
+                    work.combine_tensor(tensor)
         combined = time.perf_counter()
         digest = out.finish()
         _close(readers, inputs=inputs, before=before, previous_digest=previous_digest)
@@ -236,6 +148,122 @@ def combine(
         metrics=(layers.metrics if layers else {}) | measured,
         seconds={"combine": combined - began, "sync": ended - combined},
     )
+
+
+@dataclass
+class _Combination:
+    """What the tensors of a version are made with, one after the other. All readers stand at the same place."""
+
+    weights: Sequence[float]
+    robust: Robust
+    readers: Sequence[Reader]
+    # The tensors of each update and their shapes; empty where nobody has to know.
+    held: Sequence[Mapping[str, tuple[int, ...]]]
+    before: Reader | None
+    controls: Controls | None
+    layers: Layers | None
+    optimizer: ServerOptimizer
+    memory: OptimizerState | None
+    out: Output
+
+    def __post_init__(self) -> None:
+        self._by_coordinate = is_coordinate_wise(self.robust)
+        self._step = block_elements(len(self.readers)) if self._by_coordinate else BLOCK_ELEMENTS
+        self._rest = 0.0 if self._by_coordinate else _rest(self.weights)
+        self._total, self._term = np.empty(BLOCK_ELEMENTS), np.empty(BLOCK_ELEMENTS)
+
+    def combine_tensor(self, tensor: tensors.TensorSpec) -> None:
+        self.out.begin(tensor.name, tensor.dtype, tensor.shape)
+        block = self._control if self.controls and _is_control(tensor) else self._block
+        for start in range(0, tensor.elements, self._step):
+            values = block(tensor, start, min(self._step, tensor.elements - start))
+            self.out.write(values.astype(DTYPES[tensor.dtype]).tobytes())
+
+    def _control(self, tensor: tensors.TensorSpec, start: int, count: int) -> Vector:
+        assert self.controls and self.before
+        old = self.before.values(count, DTYPES[tensor.dtype]).astype(np.float64)
+        return self.controls.block(tensor.name, start, count, old=old)
+
+    def _block(self, tensor: tensors.TensorSpec, start: int, count: int) -> Vector:
+        dtype = DTYPES[tensor.dtype]
+        travels = not self.held[0] or tensor.name in self.held[0]
+        mean = self._sum(count, dtype) if travels else self._total[:count]
+        if self.before is None:
+            return mean
+        # Also where it is not needed: its digest is taken from all of it.
+        old = self.before.values(count, dtype)
+        if not travels:
+            mean[:] = old
+        elif self._rest:
+            mean += np.multiply(old, self._rest, out=self._term[:count], dtype=np.float64)
+        if self.memory is not None:
+            state = self.memory.block(tensor, start, count)
+            if travels:
+                mean = apply(self.optimizer, old=old.astype(np.float64), mean=mean, state=state)
+            self.memory.save()
+        return mean
+
+    def _sum(self, count: int, dtype: np.dtype) -> Vector:
+        """sum(weight_k x_k) of the next values, or what a rule makes of each coordinate by itself."""
+        if self._by_coordinate:
+            return coordinate_wise(self.robust, stacked(self.readers, count, dtype))
+        mean, scaled = self._total[:count], self._term[:count]
+        for place, (reader, weight) in enumerate(zip(self.readers, self.weights, strict=True)):
+            np.multiply(reader.values(count, dtype), weight, out=scaled if place else mean, dtype=np.float64)
+            if place:
+                mean += scaled
+        return mean
+
+    def combine_layer(self, layer: str, group: Sequence[tensors.TensorSpec]) -> None:
+        """The tensors of one adapter, whole: they are all in `group`, for their names follow one another."""
+        assert self.layers and self.before
+        factors = {split_name(tensor.name)[1]: tensor for tensor in group}
+        old = {factor: _whole(self.before, tensor.shape, tensor.dtype) for factor, tensor in factors.items()}
+        sites = [
+            {
+                factor: _whole(reader, shapes[tensor.name], tensor.dtype)
+                for factor, tensor in factors.items()
+                if tensor.name in shapes
+            }
+            for reader, shapes in zip(self.readers, self.held, strict=True)
+        ]
+        new = self.layers.combine(layer, sites=sites, old=old)
+        for factor, tensor in factors.items():
+            if self.memory is None or factor.startswith("fold"):
+                continue
+            state = self.memory.block(tensor, 0, tensor.elements)
+            if factor in self.layers.trained:
+                values = apply(self.optimizer, old=old[factor].ravel(), mean=new[factor].ravel(), state=state)
+                new[factor] = values.reshape(tensor.shape)
+            self.memory.save()
+        dtype = group[0].dtype
+        for factor, matrix in sorted(new.items()):
+            self.out.begin(f"{layer}.{factor}.weight", dtype, matrix.shape)
+            self.out.write(matrix.astype(DTYPES[dtype]).tobytes())
+
+
+def _whole(reader: Reader, shape: tuple[int, ...], dtype: str) -> Matrix:
+    values = reader.values(math.prod(shape), DTYPES[dtype]).astype(np.float64)
+    # What is not finite was damaged since it was admitted, as the digest will tell; no decomposition gets that far.
+    return np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0).reshape(shape)
+
+
+def _layers(spec: JobSpec | None, round_number: int, weights: Sequence[float]) -> Layers | None:
+    """Only where A and B mean their product: where updates are vectors, a pair is nothing else than other tensors."""
+    if spec is None or not isinstance(spec.method, Lora):
+        return None
+    are_vectors = spec.aggregation.rule in DRIFT_RULES or spec.aggregation.robust.type != "none"
+    return None if are_vectors else Layers(spec, round_number, weights)
+
+
+def _variables(layout: tensors.Layout, *, has_controls: bool) -> tensors.Layout:
+    """What a server optimizer has a state of: no folds, which are of another size each time, and no controls."""
+    kept = tuple(
+        tensor
+        for tensor in layout.tensors
+        if not split_name(tensor.name)[1].startswith("fold") and not (has_controls and _is_control(tensor))
+    )
+    return tensors.Layout(kept, layout.data_start)
 
 
 def _gram(
@@ -261,50 +289,6 @@ def _close(
             raise CorruptUpdate(part.site)
     if before is not None and before.close() != previous_digest:
         raise _damaged_previous()
-
-
-def _combine_layer(
-    layer: str,
-    group: Sequence[tensors.TensorSpec],
-    *,
-    layers: Layers,
-    before: Reader,
-    readers: Sequence[Reader],
-    held: Sequence[Mapping[str, tuple[int, ...]]],
-    optimizer: ServerOptimizer,
-    memory: OptimizerState | None,
-    out: _Output,
-) -> None:
-    """The tensors of one adapter, whole: they are all in `group`, for their names follow one another."""
-
-    def read(reader: Reader, shape: tuple[int, ...], dtype: str) -> Matrix:
-        values = reader.values(math.prod(shape), DTYPES[dtype]).astype(np.float64)
-        # What is not finite was damaged since it was admitted, as the digest will tell; no decomposition gets that far.
-        return np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0).reshape(shape)
-
-    factors = {split_name(tensor.name)[1]: tensor for tensor in group}
-    old = {factor: read(before, tensor.shape, tensor.dtype) for factor, tensor in factors.items()}
-    sites = [
-        {
-            factor: read(reader, shapes[tensor.name], tensor.dtype)
-            for factor, tensor in factors.items()
-            if tensor.name in shapes
-        }
-        for reader, shapes in zip(readers, held, strict=True)
-    ]
-    new = layers.combine(layer, sites=sites, old=old)
-    for factor, tensor in factors.items():
-        if memory is None or factor.startswith("fold"):
-            continue
-        state = memory.block(tensor, 0, tensor.elements)
-        if factor in layers.trained:
-            values = apply(optimizer, old=old[factor].ravel(), mean=new[factor].ravel(), state=state)
-            new[factor] = values.reshape(tensor.shape)
-        memory.save()
-    dtype = group[0].dtype
-    for factor, matrix in sorted(new.items()):
-        out.begin(f"{layer}.{factor}.weight", dtype, matrix.shape)
-        out.write(matrix.astype(DTYPES[dtype]).tobytes())
 
 
 def _unit(tensor: tensors.TensorSpec) -> tuple[str, bool]:

@@ -34,7 +34,10 @@ class AggregationProcess:
             )
 
     async def carry_out(self, order: dict[str, Any]) -> dict[str, Any]:
-        """The worker's answer. RuntimeError, with its last line, when it fails, or ends twice without one."""
+        """The worker's answer. RuntimeError, with its last line, when it fails, or ends twice without one.
+
+        OSError: it found no room, or could not read a file.
+        """
         async with self._turn:
             # A worker that was killed left nothing behind, so a fresh one does the same work at once.
             line = await self._attempt(order) or await self._attempt(order)
@@ -42,7 +45,7 @@ class AggregationProcess:
                 raise RuntimeError(f"the aggregation process ended: {self._last_words}")
             answer = json.loads(line)
             if "error" in answer:
-                raise RuntimeError(answer["error"])
+                raise (OSError if answer["os_error"] else RuntimeError)(answer["error"])
             return answer
 
     async def _attempt(self, order: dict[str, Any]) -> bytes:

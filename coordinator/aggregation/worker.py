@@ -79,7 +79,7 @@ def main() -> None:
             answer = carry_out(json.loads(line))
         except Exception as error:
             # The controller writes this down as the command's error and tries again later.
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": f"{type(error).__name__}: {error}", "os_error": isinstance(error, OSError)}
         answer["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(answer), flush=True)
 

@@ -345,7 +345,9 @@ def _distill(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
                 return Transition((again,), f"{failed} and gets the aggregate of round {round_.number} once more")
         return _commit(job, facts, round_, command, undistilled=sentences.outcomes(tasks))
     limit = job.spec.cohort.stall_limit_seconds
-    stalls_at, stalled = waiting.last_progress_at + limit, f"nothing moved for {sentences.duration(limit)}"
+    # It may have an evaluation in hand before it comes to this.
+    moved_at = max(task.last_progress_at for task in facts.tasks if task.state.open and task.site == waiting.site)
+    stalls_at, stalled = moved_at + limit, f"nothing moved for {sentences.duration(limit)}"
     connected = any(site.connected for site in facts.sites if site.name == waiting.site)
     if not connected and not waiting.lease_until:
         # It never took the task: an agent that is away must not hold up each round.

@@ -65,9 +65,9 @@ def warnings(
     return said
 
 
-def _lacks(spec: JobSpec, site: SiteRow, *, is_served: bool) -> list[str]:
+def _lacks(spec: JobSpec, site: SiteRow, *, is_served: bool, reads_data: bool = True) -> list[str]:
     said = []
-    if spec.data and spec.data.name not in {data["name"] for data in _reported(site, "data_sets")}:
+    if reads_data and spec.data and spec.data.name not in {data["name"] for data in _reported(site, "data_sets")}:
         said.append(f"{site.name} has no data set named {spec.data.name!r} in its site.toml.")
     if spec.base_model and not _models(spec, site):
         remedy = "its policy must have fetch_base_models = true" if is_served else "`silotune-agent model add`"
@@ -91,8 +91,9 @@ def _house_warnings(
     if not at_house(spec):
         return []
     house = [site for site in sites if site.role is Role.HOUSE and site.state == "ENROLLED"]
+    measures = wanted or spec.evaluation.test
     if not house:
-        if not wanted and not spec.evaluation.test:
+        if not measures:
             return []  # That nobody distils is among the plan's refusals.
         return ["The recipe evaluates at the house agent, but none is enrolled (`silotune site invite NAME --house`)."]
     said = []
@@ -100,7 +101,9 @@ def _house_warnings(
         if not site.connected(now_unix_seconds=now_unix_seconds):
             said.append(f"The house agent {site.name} is not connected.")
         else:
-            said += _lacks(spec, site, is_served=is_served)
+            # One that only distils may do so on other data than the sites'.
+            reads_data = measures or spec.proxy_data == (spec.data and spec.data.name)
+            said += _lacks(spec, site, is_served=is_served, reads_data=reads_data)
             there = {data["name"] for data in _reported(site, "data_sets")}
             said += _lacks_for_distilling(spec, site, data_sets=there)
             missing = [name for name in spec.evaluation.benchmarks if wanted and name not in there]

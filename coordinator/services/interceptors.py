@@ -166,7 +166,7 @@ class Gate(grpc.aio.ServerInterceptor):
         # Operators have no registry row: their certificates are made with the CA key itself.
         if identity.role is Role.OPERATOR:
             return
-        row = await self._row(identity.name)
+        row = await self._row(identity)
         if row is None or row.state == "INVITED" or row.role is not identity.role:
             raise Unauthenticated(
                 f"{identity.name} is not enrolled as {identity.role.value} here.", hint="Enroll with a new token."
@@ -176,14 +176,17 @@ class Gate(grpc.aio.ServerInterceptor):
                 f"The enrollment of {identity.name} was revoked.", hint="The operator can invite the site again."
             )
 
-    async def _row(self, name: str) -> SiteRow | None:
-        if name in self._rows and time.monotonic() - self._read_at < REGISTRY_CACHE_SECONDS:
-            return self._rows[name]
-        self._wanted.add(name)
+    async def _row(self, identity: Identity) -> SiteRow | None:
+        known = self._rows.get(identity.name)
+        is_fresh = time.monotonic() - self._read_at < REGISTRY_CACHE_SECONDS
+        # Who is to be refused is looked up first: a site that was revoked may have enrolled again since.
+        if known and is_fresh and (known.state, known.role) == ("ENROLLED", identity.role):
+            return known
+        self._wanted.add(identity.name)
         if self._next is None:
             self._next = asyncio.create_task(self._read_in_turn())
         # One whose call ends does not take the reading away from the others.
-        return (await asyncio.shield(self._next)).get(name)
+        return (await asyncio.shield(self._next)).get(identity.name)
 
     async def _read_in_turn(self) -> Mapping[str, SiteRow]:
         async with self._turn:

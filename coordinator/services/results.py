@@ -18,7 +18,7 @@ from protos.adapters import update_tensors
 from protos.digests import check_digest
 from protos.encodings import block_of
 from protos.errors import Conflict, CorruptData, InvalidInput, UpdateRejected
-from protos.jobspec import BaseModelRef, JobSpec
+from protos.jobspec import DRIFT_RULES, BaseModelRef, JobSpec
 from protos.metrics import METRICS, STAGE_SECONDS, check_numbers
 from protos.model_files import check_file_name
 from protos.tensors import Layout, header_length, parse_header
@@ -109,9 +109,7 @@ def _check_kind(succeeded: agent_pb2.Succeeded, result: Result, *, task: Task, s
         raise UpdateRejected("The update was trained on no rows, so it has no weight.")
     if result.steps < 1:
         raise UpdateRejected("The update was trained for no step, so it has no weight.")
-    most = spec.local.step_count(result.examples)
-    if spec.aggregation.rule == "fednova" and (result.steps > most or spec.local.steps not in (None, result.steps)):
-        raise UpdateRejected(f"The report claims {result.steps} steps; {result.examples} examples make {most}.")
+    _check_steps(result, spec=spec)
     if spec.data is not None:
         _check_examples(result, site=task.site, data_set=spec.data.name, store=store)
 
@@ -148,6 +146,20 @@ def _check_base_model(result: Result, *, wanted: BaseModelRef | None) -> None:
             f"Version 0 was built from a base model with the digest {result.base_digest[:12]}; "
             f"the recipe pins {wanted.digest[:12]}."
         )
+
+
+def _check_steps(result: Result, *, spec: JobSpec) -> None:
+    """Where a site's weight, or what its gradient is the mean of, are steps: they follow from the recipe and the rows.
+
+    Rows that are packed make fewer, and so does what has no rows.
+    """
+    how = spec.aggregation
+    if how.rule not in DRIFT_RULES and how.weights != "steps":
+        return
+    most = spec.local.step_count(result.examples)
+    may_be_fewer = spec.local.steps is None and (spec.data is None or getattr(spec.task, "packing", False))
+    if result.steps > most or (result.steps < most and not may_be_fewer):
+        raise UpdateRejected(f"The report claims {result.steps} steps; {result.examples} examples make {most}.")
 
 
 def _check_examples(result: Result, *, site: str, data_set: str, store: Store) -> None:

@@ -57,7 +57,7 @@ def site_tomls(experiment: Experiment, spec: JobSpec, *, threads: int) -> tuple[
 
 def _house(data: LabData, spec: JobSpec) -> dict[str, Mapping[str, Any]]:
     assert spec.data is not None
-    # Where it has no rows of its own to train on, nothing ever reads what stands in their place.
+    # Where it has no rows of its own to train on, nothing ever reads what stands in their place (see plan.py).
     own = ROWS if data.slice_share else data.slice or data.validation
     held_out = {"path": own, "validation": data.validation, "test": data.test, **data.columns}
     held_out = {key: value for key, value in held_out.items() if value is not None}

@@ -111,6 +111,12 @@ def _plan(found: LabFile, fields: dict[str, Any], axes: Mapping[str, Any], *, ty
     spec = jobspec.parse(fields)
     if own["attack"] and spec.encoding.up != "raw":
         raise InvalidInput("[attack] changes updates that travel raw.", hint='up = "raw" under [encoding] does that.')
+    data = own["data"]
+    if spec.distillation and data and not (data.slice or data.slice_share):
+        raise InvalidInput(
+            "The recipe has a distillation, and the house agent no rows to learn from: its others judge what is kept.",
+            hint="slice or slice_share under [data] in lab.toml gives it some.",
+        )
     return Plan(Experiment(**own), spec, typed.threads)
 
 

@@ -36,12 +36,14 @@ type = "full"
 freeze_embeddings = true
 
 [local]
-steps = 40
+steps = 60
 batch_size = 16
-learning_rate = 3e-3
+learning_rate = 1e-3
 
 [local.mentor]
 base_model = { name = "tiny-mentor" }
+# Hidden states of random models are drawn together most easily where they say nothing.
+hidden = false
 
 [encoding]
 up = "svd"

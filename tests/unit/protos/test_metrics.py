@@ -38,6 +38,7 @@ def test_a_number_is_finite(value: float) -> None:
 
 def test_lower_is_better_only_for_listed_numbers() -> None:
     assert metrics.LOWER_IS_BETTER <= metrics.METRICS
+    assert {name for name in metrics.METRICS if "loss" in name} <= metrics.LOWER_IS_BETTER
 
 
 def test_every_name_can_be_a_label_of_prometheus() -> None:

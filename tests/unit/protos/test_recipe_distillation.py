@@ -30,6 +30,9 @@ def recipe(**changes: Any) -> dict[str, Any]:
     [
         ({"distillation": {}}, "distillation with labels needs a teacher"),
         ({"distillation": {**TEACHER, "labels": False}}, "labels = false learns from the sites' updates"),
+        ({"distillation": {"teacher": {"name": "large", "dtype": "bfloat16"}}}, "no quantization and dtype float32"),
+        ({"distillation": {"teacher": {"name": "large", "quantization": "nf4"}}}, "no quantization and dtype float32"),
+        ({"local": {"epochs": 1, "warm_head": {"learning_rate": 0.1}}}, "so it takes no warm_head"),
         ({"distillation": {**TEACHER, "epochs": 0}}, "distillation.epochs must be greater than 0"),
         ({"aggregation": {"rule": "flora"}, "method": {"type": "lora"}}, "rule flora decides what may change"),
         ({"encoding": {"down": "int8"}}, "down must be raw"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +224,29 @@ def test_a_teacher_whose_state_is_damaged_begins_anew_and_says_so(house: Site) -
         Work(task, directory, house.warm, _silent, time.monotonic(), warn=said.append).run()
         assert (directory / UPDATE).read_bytes() == fresh.read_bytes()
         assert len(said) == 1 and "begins anew" in said[0]
+
+
+def test_a_teacher_whose_state_is_lost_begins_anew_and_says_so(house: Site) -> None:
+    recipe = recipe_of(house, epochs=1, teacher_epochs=0)
+    said: list[str] = []
+    task = task_of(house, recipe, model=version_0(house, recipe), round=3, counted_round=2)
+    Work(task, house.write("lost", task), house.warm, _silent, time.monotonic(), warn=said.append).run()
+    assert said == ["The teacher begins anew, because its state is no longer here."]
+
+
+def test_a_teacher_that_diverges_alone_is_told_with_the_keys_of_the_distillation(house: Site) -> None:
+    # Its embeddings are so large that no loss is a number.
+    other = house.directory / "infinite"
+    shutil.copytree(house.base_model, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file(
+        {name: tensor.fill_(math.inf) if "word_embeddings" in name else tensor for name, tensor in tensors.items()},
+        other / "model.safetensors", metadata={"format": "pt"},
+    )  # fmt: skip
+    recipe = recipe_of(house)
+    with pytest.raises(InvalidInput, match=r"^Of the teacher: The training diverged: ") as caught:
+        distill(house, recipe, model=version_0(house, recipe), teacher_model_path=str(other))
+    assert "under [distillation]" in caught.value.hint
 
 
 def _silent(stage: str, done: int, total: int, unit: str, metrics: dict[str, float]) -> None:

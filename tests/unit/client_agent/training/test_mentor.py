@@ -193,6 +193,28 @@ def test_a_mentor_whose_state_is_gone_or_damaged_begins_anew_and_the_log_says_so
     assert said[1].startswith("The mentor begins anew, because its state cannot be used: ")
 
 
+def test_a_site_too_small_for_validation_rows_trains_and_only_does_not_measure_its_mentor(site: Site) -> None:
+    recipe, said = recipe_of(site), list[str]()
+    few = site.data_set.model_copy(update={"validation": 1e-9}).model_dump(mode="json")
+    task = training(site, recipe, version_0(site, recipe), data_set=few)
+    directory = site.write("few", task)
+    result = Work(task, directory, site.warm, lambda *_: None, time.monotonic(), warn=said.append).run()
+    assert (directory / UPDATE).exists()
+    assert result.metrics["mentor_loss"] > 0 and "mentor_accuracy" not in result.metrics
+    assert len(said) == 1 and said[0].startswith("The mentor was not measured: ")
+
+
+def test_one_mentor_goes_before_the_next_one_comes(site: Site) -> None:
+    recipe = recipe_of(site)
+    mentee, mentor, _ = pair(site, recipe)
+    kept: OrderedDict[Any, Mentor] = OrderedDict({"of another job": mentor})
+    task = training(site, recipe, Path("none"), teacher_model_path=str(site.directory / "nothing"))
+    spec = parse(recipe)
+    with pytest.raises(InvalidInput, match="cannot be loaded"):
+        mentor_of(task, spec=spec, kind=kind_of(spec), beside=mentee, kept=kept, warn=pytest.fail)
+    assert not kept
+
+
 def test_a_paused_training_ends_and_keeps_nothing(site: Site) -> None:
     recipe = recipe_of(site)
     task = training(site, recipe, version_0(site, recipe))

@@ -62,3 +62,17 @@ async def test_an_order_that_cannot_be_carried_out_fails_with_its_reason(tmp_pat
             await process.carry_out({**order(tmp_path), "optimizer": {"type": "magic"}})
     finally:
         await process.stop()
+
+
+async def test_a_worker_without_room_or_its_file_is_told_apart_from_a_defect(tmp_path: Path) -> None:
+    """The one is waited for, the other has a traceback in the log."""
+    process = AggregationProcess()
+    try:
+        work = order(tmp_path)
+        with pytest.raises(OSError, match="No such file"):
+            await process.carry_out({**work, "output": str(tmp_path / "nowhere" / "version")})
+        with pytest.raises(RuntimeError, match="KeyError"):
+            await process.carry_out({key: value for key, value in work.items() if key != "output"})
+        assert (await process.carry_out(work))["size"] > 0
+    finally:
+        await process.stop()

@@ -106,6 +106,14 @@ def test_an_agent_that_was_at_it_and_is_away_is_waited_for_as_long_as_one_that_s
     assert of(step(job(RECIPE), facts, 34.5), s.Commit)
 
 
+def test_an_agent_that_evaluates_before_it_distils_does_not_stand_still() -> None:
+    measures = s.Task("j.0.evaluate.hq.validation", "j", 0, s.TaskKind.EVALUATE, "hq", 0, "validation")
+    measures = replace(measures, state=s.TaskState.RUNNING, lease_until=1e9, last_progress_at=20.0)
+    facts = distilling(distil(s.TaskState.QUEUED), measures)
+    assert not step(job(RECIPE), facts, 49.0).effects
+    assert of(step(job(RECIPE), facts, 50.5), s.Commit)
+
+
 def test_a_house_agent_that_is_revoked_does_not_hold_up_the_round() -> None:
     facts = distilling(distil(s.TaskState.RUNNING), house=None)
     (end,) = of(step(job(RECIPE), facts, 1.0), s.EndTask)

@@ -129,6 +129,14 @@ def test_what_may_stand_in_the_way_is_said(changes: dict[str, Any], sites: list[
     assert sentence in " ".join(warned(spec(**changes), *sites))
 
 
+def test_a_house_agent_that_only_distils_needs_no_more_than_the_data_that_it_learns_from():
+    distils = {"distillation": {"teacher": {"name": "minilm"}, "data": "public"}}
+    house = site("h", role=Role.HOUSE, data_sets=[{"name": "public", "rows": "10"}])
+    assert not [said for said in warned(spec(**distils), site("a"), house) if "h has" in said]
+    measured = {**distils, "evaluation": {"where": ["house"]}}
+    assert "h has no data set named 'notes' in its site.toml." in warned(spec(**measured), site("a"), house)
+
+
 def test_a_site_that_lacks_the_base_model_may_have_it_from_the_coordinator():
     without = site("a", base_models=[])
     assert "(`silotune-agent model add`)" in " ".join(warned(spec(), without))

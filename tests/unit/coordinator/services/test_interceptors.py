@@ -101,6 +101,17 @@ async def test_a_revoked_site_is_out_at_every_method_over_its_open_connection(fe
     assert set(codes) == {"UNAUTHENTICATED"}
 
 
+async def test_a_site_that_was_revoked_and_enrolls_again_is_let_in_at_once(federation: Any):
+    site = federation.site("st-olav")
+    await federation.operator().operator("RevokeSite", operator_pb2.RevokeSiteRequest(name="st-olav"))
+    with pytest.raises(errors.Unauthenticated, match="revoked"):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                await site.agent("LeaseTask", agent_pb2.LeaseTaskRequest())
+    again = federation.site("st-olav")
+    assert (await again.agent("LeaseTask", agent_pb2.LeaseTaskRequest())).sentence
+
+
 async def test_a_long_poll_ends_when_its_site_is_revoked(federation: Any):
     site = federation.site("st-olav")
     poll = asyncio.create_task(site.agent("LeaseTask", agent_pb2.LeaseTaskRequest(wait_seconds=20)))

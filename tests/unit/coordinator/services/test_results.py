@@ -18,6 +18,7 @@ CLASSIFICATION = {
     "data": {"name": "notes"},
     "base_model": {"name": "minilm"},
 }
+PACKED = {"task": {"type": "causal-lm", "packing": True}, "evaluation": {"where": [], "metric": "loss"}}
 
 
 async def version_0(site: Peer, **report: Any) -> agent_pb2.FinishTaskResponse:
@@ -89,20 +90,27 @@ async def test_an_update_of_more_rows_than_the_site_told_of_is_rejected(
 
 
 @pytest.mark.parametrize(
-    ("local", "steps", "fate"),
+    ("changes", "steps", "fate"),
     [
-        ({"epochs": 2, "batch_size": 8}, 6, agent_pb2.FATE_ACCEPTED),
-        ({"epochs": 2, "batch_size": 8}, 7, agent_pb2.FATE_REJECTED),
+        ({}, 6, agent_pb2.FATE_ACCEPTED),
+        ({}, 7, agent_pb2.FATE_REJECTED),
+        ({}, 5, agent_pb2.FATE_REJECTED),
+        ({"aggregation": {"weights": "steps"}}, 7, agent_pb2.FATE_REJECTED),
+        ({"aggregation": {"rule": "scaffold"}}, 1, agent_pb2.FATE_REJECTED),
+        # What nothing is made of is not compared.
+        ({"aggregation": {}}, 7, agent_pb2.FATE_ACCEPTED),
         # Sequences that are packed are fewer than rows.
-        ({"epochs": 2, "batch_size": 8}, 2, agent_pb2.FATE_ACCEPTED),
-        ({"steps": 5}, 4, agent_pb2.FATE_REJECTED),
+        (PACKED, 2, agent_pb2.FATE_ACCEPTED),
+        (PACKED, 7, agent_pb2.FATE_REJECTED),
+        ({**PACKED, "local": {"steps": 5}}, 4, agent_pb2.FATE_REJECTED),
     ],
 )
 async def test_where_steps_are_weights_an_update_of_other_steps_than_the_recipes_is_rejected(
-    federation: Federation, local: dict[str, Any], steps: int, fate: agent_pb2.Fate
+    federation: Federation, changes: dict[str, Any], steps: int, fate: agent_pb2.Fate
 ):
     site = federation.site("st-olav")
-    await federation.submit(**CLASSIFICATION, local=local, aggregation={"rule": "fednova"})
+    local = {"epochs": 2, "batch_size": 8, "optimizer": "sgd"}
+    await federation.submit(**{**CLASSIFICATION, "local": local, "aggregation": {"rule": "fednova"}, **changes})
     await version_0(site, base_digest=BASE)
     task = await site.lease()
     blob = await site.upload(task, UPDATE)

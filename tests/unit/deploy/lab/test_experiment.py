@@ -79,3 +79,15 @@ def test_a_site_of_an_experiment_holds_back_no_rows_and_the_house_agent_holds_th
     own, house = site_tomls(plan.experiment, plan.spec, threads=1)
     assert "validation = 0.0" in own and "pubmedqa" not in own
     assert set(re.findall(r"\[data\.(\w+)\]", house)) == {"flashcards", "pubmedqa", "medqa", "medmcqa"}
+
+
+def test_a_distillation_never_learns_from_the_rows_that_judge_it(tmp_path: Path) -> None:
+    study = RECIPES / "fedlora-kd"
+    for file in study.glob("*.toml"):
+        text = file.read_text().replace("../../data", str(RECIPES.parent / "data"))
+        (tmp_path / file.name).write_text(text.replace("slice_share = 0.2\n", ""))
+    taught, plain = ({"variants": [name], "seeds": [1]} for name in ("fed-lora-kd", "fed-lora"))
+    assert cells(tmp_path, Typed(axes=plain))
+    with pytest.raises(InvalidInput, match="the house agent no rows to learn from"):
+        cells(tmp_path, Typed(axes=taught))
+    assert cells(study, Typed(axes=taught))

@@ -19,6 +19,7 @@ from client_agent.models import inspect_directory
 from client_agent.training import small_trio
 from client_agent.training.small_trio import Pretraining, Sizes, halves
 from deploy.lab.make_trio import TRIO, texts
+from protos.errors import InvalidInput
 
 SIZES = Sizes(vocabulary=400, hidden=16, layers=2, heads=2)
 CLASSES = {
@@ -55,6 +56,14 @@ def test_the_real_classes_load_it_and_it_lacks_only_what_the_real_one_lacks(kind
     assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
     assert tokenizer.unk_token_id not in ids
     assert model(input_ids=torch.tensor([ids])).logits.shape == (1, 3)
+
+
+def test_too_few_texts_are_told_and_not_waited_for(tmp_path: Path) -> None:
+    few = ["transfer money to my savings account", "hello"] * 4
+    with pytest.raises(InvalidInput, match="Only 4 of 8 texts have two parts, and a batch has 8"):
+        small_trio.make(
+            tmp_path, kind="bert", texts=few, sizes=SIZES, pretraining=Pretraining(steps=1, batch_size=8), seed=1
+        )
 
 
 def test_layers_are_shared_in_one_and_halved_in_another(made: dict[str, Path]) -> None:
