@@ -72,6 +72,9 @@ def in_small(plan: Plan, *, encoder: LabModel, tables: Path) -> Plan:
     experiment = Experiment(**{**{name: getattr(found, name) for name in Experiment.model_fields}, **update})
     fields = plan.spec.model_dump(mode="json")
     fields["local"] |= {"steps": 2, "epochs": None, "batch_size": 4, "micro_batch_size": None}
+    if fields["task"]["type"] == "causal-lm":
+        # A tokenizer of so few words needs more of them for a sentence.
+        fields["task"]["max_length"] = 256
     fields |= {"rounds": ROUNDS}
     fields["evaluation"] |= {"every": 1, "early_stop": 0}
     return Plan(experiment, jobspec.parse(fields), threads=1)
