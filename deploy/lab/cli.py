@@ -28,10 +28,13 @@ def _list(context: click.Context, parameter: click.Parameter, text: str | None) 
     for word in text.split(",") if text else ():
         first, dash, last = word.partition("-")
         if dash and first.isdigit() and last.isdigit():
+            if int(first) > int(last):
+                raise click.BadParameter(f"{word.strip()!r} begins after its end.")
             found += map(str, range(int(first), int(last) + 1))
         else:
             found.append(word.strip())
-    return tuple(found)
+    # A cell is run once, however often it is asked for.
+    return tuple(dict.fromkeys(found))
 
 
 def _part(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, int]:

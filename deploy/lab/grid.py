@@ -10,6 +10,8 @@ typed with more seeds has more cells. Several machines share the work with `--pa
 
 from __future__ import annotations
 
+import fcntl
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +26,10 @@ from deploy.lab.models import directory_of
 from deploy.lab.plan import Cell
 from deploy.lab.run import METRICS, Plan, Say, run
 from deploy.local import CommandFailed
+from protos.digests import digest_of
 from protos.errors import Conflict, SilotuneError
 
-GRID, CELLS, MODELS, LOG = "grid.json", "cells", "models", "lab.log"
+GRID, LOCK, CELLS, MODELS, LOG = "grid.json", "grid.lock", "cells", "models", "lab.log"
 
 
 class Stopped(Exception):
@@ -42,7 +45,8 @@ class Failed:
 def run_grid(cells: Sequence[Cell], *, out: Path, jobs: int, part: tuple[int, int], say: Say) -> list[Failed]:
     """Runs the cells that are not done yet, `jobs` at once; of part (i, n) every n-th from the i-th on. What failed.
 
-    KeyboardInterrupt ends it as soon as no cell is in the middle of starting; all goes on later.
+    Conflict: a cell of that name was another experiment when the grid was last typed. KeyboardInterrupt ends it as soon
+    as no cell is in the middle of starting; all goes on later.
     """
     out.mkdir(parents=True, exist_ok=True)
     _record(cells, out=out)
@@ -79,12 +83,27 @@ def read_grid(out: Path) -> list[dict[str, Any]] | None:
 
 
 def _record(cells: Sequence[Cell], *, out: Path) -> None:
-    have = read_grid(out)
-    if have is None and (out / METRICS).exists():
-        raise Conflict(f"{out} holds a single experiment.", hint="Give another folder with --out.")
-    known = {cell["name"]: cell for cell in have or []}
-    known |= {cell.name: {"name": cell.name, "axes": dict(cell.axes)} for cell in cells}
-    write_json(out / GRID, {"schema_version": "1", "cells": list(known.values())})
+    # Several machines may begin in the same folder at once.
+    with (out / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        have = read_grid(out)
+        if have is None and (out / METRICS).exists():
+            raise Conflict(f"{out} holds a single experiment.", hint="Give another folder with --out.")
+        known = {cell["name"]: cell for cell in have or []}
+        for cell in cells:
+            entry = {"name": cell.name, "axes": dict(cell.axes), "plan": _digest(cell.plan)}
+            # A cell that is done would be taken for what is wanted now, and one page would show both.
+            if known.get(cell.name, entry).get("plan", entry["plan"]) != entry["plan"]:
+                raise Conflict(
+                    f"{out} holds another experiment as {cell.name}: the recipe, lab.toml or an option has changed.",
+                    hint="Give another folder with --out, or undo the change.",
+                )
+            known[cell.name] = entry
+        write_json(out / GRID, {"schema_version": "1", "cells": list(known.values())})
+
+
+def _digest(plan: Plan) -> str:
+    return digest_of(json.dumps(plan.as_json(), sort_keys=True).encode())
 
 
 def _run_cell(cell: Cell, *, out: Path, stop: threading.Event, say: Say) -> Failed | None:
@@ -100,7 +119,7 @@ def _run_cell(cell: Cell, *, out: Path, stop: threading.Event, say: Say) -> Fail
             check()
             plan = _with_models(cell, out=out, say=say)
             job = run(plan, out=place, say=lambda line: print(line, file=log), check=check)["job"]
-        except (SilotuneError, CommandFailed) as error:
+        except (SilotuneError, CommandFailed, OSError) as error:
             print(error, file=log)
             return Failed(cell.name, str(error).splitlines()[0])
     return None if job["state"] == "COMPLETED" else Failed(cell.name, job["sentence"])

@@ -51,10 +51,12 @@ def drawings(study: Study) -> list[Drawing]:
     measure, when = words(study.metric), "after the last round"
     found = []
     x = _x_axis(study)
-    if study.budget is not None:
+    measured = any(row["last"] is not None for row in summaries(study))
+    if measured and study.budget is not None:
         when = f"after round {study.budget}"
         found.append(_by_x(study, x=x, column="at_budget", name=f"round_{study.budget}", when=when))
-    found.append(_by_x(study, x=x, column="last", name="last_round", when="after the last round"))
+    if measured:
+        found.append(_by_x(study, x=x, column="last", name="last_round", when="after the last round"))
     rows = summaries(study)
     if any(row["aimed"] for row in rows):
         share = f"{100 * TARGET_SHARE:.0f} %"
@@ -66,16 +68,17 @@ def drawings(study: Study) -> list[Drawing]:
             _rounds_to_target,
         ))  # fmt: skip
     layout = _curves_layout(study)
-    for number, part in enumerate(pieces(panels_of(study, layout.panels))):
+    for number, part in enumerate(pieces(panels_of(study, layout.panels)) if measured else ()):
+        more = ", continued" if number else ""
         by = "number of sites" if layout.lines == ("sites",) else "".join(layout.lines) or "cell"
         found.append(Drawing(
-            f"learning_curves{f'_{number + 1}' if number else ''}", f"{measure} by round",
+            f"learning_curves{f'_{number + 1}' if number else ''}", f"{measure} by round{more}",
             f"A line for each {by}: the mean over seeds, in a band from the lowest seed to the highest.",
             partial(_curves, layout=layout, panels=part, by_steps=False),
         ))  # fmt: skip
         if layout.lines == ("sites",) and steps_differ(study):
             found.append(Drawing(
-                f"steps_law{f'_{number + 1}' if number else ''}", f"{measure} by steps along the averaged path",
+                f"steps_law{f'_{number + 1}' if number else ''}", f"{measure} by steps along the averaged path{more}",
                 "The same lines over S = R E n / (K B), the optimizer steps that one site has done: where lines for all"
                 " numbers of sites lie on each other, steps alone decide, not averaging.",
                 partial(_curves, layout=layout, panels=part, by_steps=True),
@@ -199,7 +202,8 @@ def _points(
     if not joined:
         style["linestyle"] = ""
     places = [place + shift for place, _ in points]
-    halves = [found.half or 0.0 for _, found in points]
+    # One seed has no interval, and one of length 0 would say that it is certain.
+    halves = [math.nan if found.half is None else found.half for _, found in points]
     axes.errorbar(places, [found.value for _, found in points], yerr=halves, capsize=3, elinewidth=1.2, label=label,
                   **style)  # fmt: skip
 

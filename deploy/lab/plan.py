@@ -59,6 +59,8 @@ def cells(directory: Path, typed: Typed | None = None) -> list[Cell]:
     recipe.read(Path(found.recipe))
     fields = tomllib.loads(Path(found.recipe).read_text())
     wanted = _axes(found.grid, typed.axes)
+    if typed.model is not None and "model" in wanted:
+        raise InvalidInput("--model is for a run of one model; this grid names its models.", hint="Take --models.")
     is_grid = found.grid != Grid() or any(len(values) > 1 for values in wanted.values())
     made = []
     for values in itertools.product(*wanted.values()):

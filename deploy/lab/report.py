@@ -95,7 +95,8 @@ def _lines(runs: Runs, ink: str, *, of: Callable[[Mapping[str, Any]], list[Point
 
 def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """One run in one row. Bytes are the payload of all rounds, version 0 included."""
-    rounds = [metrics["initial"], *metrics["rounds"]]
+    # Version 0 may still be on its way.
+    rounds = [entry for entry in (metrics["initial"], *metrics["rounds"]) if entry]
     metric = metrics["spec"]["evaluation"]["metric"]
     points = held_out(metrics, metric)
     best = (min if metric in LOWER_IS_BETTER else max)(points, key=lambda point: point[1]) if points else None

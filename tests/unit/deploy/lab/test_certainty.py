@@ -50,10 +50,16 @@ def test_what_both_variants_owe_to_a_seed_is_no_part_of_their_difference() -> No
     assert change is not None and change.mean.half is not None and change.mean.half < 1e-6
 
 
-def test_equal_figures_are_no_difference_and_equal_gains_leave_no_doubt() -> None:
+def test_equal_figures_are_no_difference_and_equal_gains_are_judged_by_their_number() -> None:
     same, gained = paired({1: 0.5, 2: 0.75}, {1: 0.5, 2: 0.75}), paired({1: 0.5, 2: 0.75}, {1: 0.625, 2: 0.875})
     assert same is not None and (same.t_p, same.sign_p) == (1.0, 1.0)
-    assert gained is not None and gained.t_p == 0.0 and gained.lower == gained.upper == 0.125
+    assert gained is not None and gained.t_p == gained.sign_p == 0.5 and gained.lower == gained.upper == 0.125
+
+
+def test_gains_that_are_equal_but_for_rounding_are_no_win() -> None:
+    """One more of 500 rows right, with each of two seeds: as decimals the gains differ in their last digit."""
+    change = paired({1: 0.912, 2: 0.684}, {1: 0.914, 2: 0.686})
+    assert change is not None and change.t_p == 0.5
 
 
 def test_a_pair_of_one_common_seed_is_no_comparison() -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from client_agent.taskdir import write_json
+from deploy.lab.grid import read_grid, run_grid
 from deploy.lab.plan import Typed, cells
-from protos.errors import InvalidInput, RecipeInvalid
+from protos.errors import Conflict, InvalidInput, RecipeInvalid
 
 RECIPE = """\
 name = "small"
@@ -77,3 +79,34 @@ def test_an_axis_that_names_what_is_not_there_fails_before_anything_runs(directo
         cells(directory, Typed(axes={"sites": ["many"]}))
     with pytest.raises(RecipeInvalid, match=r"task\.loudness is not a known key"):
         cells(directory, Typed(changes=("task.loudness=1",)))
+
+
+def done(out: Path, directory: Path) -> None:
+    """A grid of `directory` as it lies when all of it has run."""
+    for cell in cells(directory):
+        (out / "cells" / cell.name).mkdir(parents=True, exist_ok=True)
+        write_json(out / "cells" / cell.name / "metrics.json", {"job": {"state": "COMPLETED"}})
+    assert run_grid(cells(directory), out=out, jobs=1, part=(1, 1), say=print) == []
+
+
+def test_a_changed_recipe_is_refused_though_every_cell_is_done(directory: Path, tmp_path: Path) -> None:
+    done(tmp_path / "out", directory)
+    before = read_grid(tmp_path / "out")
+    with pytest.raises(Conflict, match=r"another experiment as .*: the recipe, lab\.toml or an option has changed"):
+        run_grid(cells(directory, Typed(rounds=9)), out=tmp_path / "out", jobs=1, part=(1, 1), say=print)
+    assert read_grid(tmp_path / "out") == before
+
+
+def test_the_same_command_again_and_a_part_of_it_are_no_change(directory: Path, tmp_path: Path) -> None:
+    done(tmp_path / "out", directory)
+    said: list[str] = []
+    again = cells(directory, Typed(axes={"seeds": ["2"]}))
+    assert run_grid(again, out=tmp_path / "out", jobs=2, part=(2, 2), say=said.append) == []
+    assert said == ["3 cells, 3 of them done."]
+    assert len(read_grid(tmp_path / "out") or []) == 12
+
+
+def test_a_model_is_not_given_where_the_grid_names_its_models(directory: Path) -> None:
+    (directory / "lab.toml").write_text('[grid]\nmodels = ["a"]\n[models.a]\npath = "."\n')
+    with pytest.raises(InvalidInput, match="--model is for a run of one model"):
+        cells(directory, Typed(model=directory))

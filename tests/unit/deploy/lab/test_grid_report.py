@@ -89,3 +89,13 @@ def test_figures_of_shares_are_written_in_points_of_a_hundred() -> None:
     assert mean_text(over_seeds([0.4, 0.6]), metric="matthews_correlation").startswith("0.500 ± 1.271")
     assert mean_text(None, metric="accuracy") == "–"
     assert points_text(-0.0125, metric="accuracy") == "-1.25" and points_text(0.5, metric="loss") == "+0.5000"
+
+
+def unmeasured(_: Mapping[str, Any]) -> dict[str, Any]:
+    return {**metrics_of([0.5, 0.6]), "evaluations": []}
+
+
+def test_a_grid_that_the_house_agent_did_not_measure_has_a_page_without_figures_of_it(tmp_path: Path) -> None:
+    grid = write_grid(tmp_path / "grid", axes={"seed": [1, 2]}, of=unmeasured)
+    page = write_grid_report([grid], out=tmp_path / "out").read_text()
+    assert "2 of 2 cells are done" in page and "data:image" not in page

@@ -60,3 +60,8 @@ def test_several_runs_are_drawn_beside_each_other_on_one_page(tmp_path: Path) ->
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"holds no metrics\.json"):
         write_report([tmp_path], out=tmp_path)
+
+
+def test_a_run_whose_version_0_is_on_its_way_has_a_row() -> None:
+    row = summary({**metrics_of([4.0]), "initial": None, "rounds": [], "evaluations": []})
+    assert (row["rounds"], row["first"], row["bytes_up"]) == (0, None, 0)
