@@ -6,17 +6,17 @@ layers, and has such a pooler too. "distilbert" (Sanh et al. 2019, arXiv:1910.01
 that "bert", is taught by it to predict masked words, and has no pooler: whoever classifies with it puts two new layers
 on it.
 
-The task about sentences is to tell which second part of a text belongs to which first one, among those of the batch
-(Logeswaran and Lee 2018, arXiv:1803.02893). BERT's and ALBERT's own, a yes or no for each pair, teach a model of this
-size too little in minutes. The same texts, sizes and seed give the same model.
+The task about sentences is to say with the pooler what a public sentence encoder says of the text: the largest
+directions of its answers (Reimers and Gurevych 2020, arXiv:2004.09813). BERT's and ALBERT's own tasks, and telling
+which parts of texts belong together, teach a model of this size too little in minutes. The same texts, sizes and seed
+give the same model.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from torch.nn.functional import cosine_embedding_loss, cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cosine_embedding_loss, cross_entropy, kl_div, log_softmax, mse_loss, normalize
 from transformers import (
     AlbertConfig,
     AlbertForPreTraining,
+    AutoModel,
+    AutoTokenizer,
     BertConfig,
     BertForPreTraining,
     DistilBertConfig,
@@ -47,13 +49,19 @@ WARM_UP_STEPS = 50
 # DistilBERT's own: the temperature, and the weights of teacher's words, right words and directions of hidden states.
 TEMPERATURE, TEACHER, WORDS, DIRECTION = 2.0, 5.0, 2.0, 1.0
 
+# Of what the pooler is to say, whose values lie between -1 and 1; and how its errors weigh beside those of words.
+SAID_SPREAD, SENTENCES = 0.5, 5.0
+# ALBERT's one layer has the gradients of all: at the rate of the others it learns nothing.
+ALBERT_SLOWER = 2
+
 # The spread of new layers, as in the configurations of all three.
 NEW_LAYERS = 0.02
 # Batches that are sorted together.
 STRETCH = 16
+ROWS_AT_ONCE = 128
 
-# Inputs [2 rows, tokens], first parts before second ones, and words to predict [2 rows, tokens] (IGNORED: none).
-Batch = tuple[dict[str, Tensor], Tensor]
+# Inputs [rows, tokens], words to predict [rows, tokens] (IGNORED: none), and what the pooler is to say [rows, hidden].
+Batch = tuple[dict[str, Tensor], Tensor, Tensor]
 OnStep = Callable[[int, int, float], None]
 
 
@@ -75,10 +83,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Steps with AdamW on texts in two parts; 0 steps leave the weights random."""
+    """Steps with AdamW on texts; 0 steps leave the weights random."""
 
     steps: int = 0
-    batch_size: int = 32
+    batch_size: int = 64
     length: int = 24
     learning_rate: float = 2e-3
 
@@ -91,27 +99,33 @@ def make(
     sizes: Sizes,
     pretraining: Pretraining,
     seed: int,
+    sentence_encoder: Path | None = None,
     threads: int = 1,
     on_step: OnStep = lambda done, total, loss: None,
 ) -> None:
     """Writes a model directory that AutoModelForSequenceClassification and AutoTokenizer load.
 
     `kind` is "bert", "albert" or "distilbert". The last needs its "bert" first, so it takes twice the steps.
-    `on_step(done, total, loss)`.
+    `sentence_encoder` is a directory; without it the pooler is trained for nothing but what it gives to words.
+    `on_step(done, total, loss)`. InvalidInput: there are too few texts for one batch.
     """
     prepare(device=torch.device("cpu"), threads=threads)
     tokenizer = make_tokenizer(texts, vocabulary=sizes.vocabulary)
     torch.manual_seed(seed)
-    pairs = Pairs(texts, tokenizer=tokenizer, how=pretraining, seed=seed)
+    said = torch.zeros(len(texts), sizes.hidden)
+    if sentence_encoder is not None and pretraining.steps:
+        said = answers(texts, sentence_encoder=sentence_encoder, length=pretraining.length, values=sizes.hidden)
+    read = Reading(texts, said, tokenizer=tokenizer, how=pretraining, seed=seed)
     model: PreTrainedModel
     if kind == "albert":
         model = AlbertForPreTraining(_albert(sizes))
-        _pretrain(model, pairs.batches(), how=pretraining, on_step=on_step)
+        slower = replace(pretraining, learning_rate=pretraining.learning_rate / ALBERT_SLOWER)
+        _pretrain(model, read.batches(), how=slower, on_step=on_step)
     else:
         model = BertForPreTraining(_bert(sizes))
-        _pretrain(model, pairs.batches(), how=pretraining, on_step=on_step)
+        _pretrain(model, read.batches(), how=pretraining, on_step=on_step)
     if kind == "distilbert":
-        model = _distilled(model, pairs, sizes=sizes, how=pretraining, on_step=on_step)
+        model = _distilled(model, read, sizes=sizes, how=pretraining, on_step=on_step)
     # What is put on it later begins as on the real ones.
     model.config.initializer_range = NEW_LAYERS
     encoder: Any = model.base_model
@@ -142,49 +156,57 @@ def make_tokenizer(texts: Sequence[str], *, vocabulary: int) -> PreTrainedTokeni
     )  # fmt: skip
 
 
-def halves(text: str) -> tuple[str, str]:
-    """A text in two parts, cut where a line or sentence ends next to its middle; between two words if none does."""
-    ends = [found.end() for found in re.finditer(r"\n|[.!?]\s", text)] or [
-        found.end() for found in re.finditer(" ", text)
-    ]
-    cut = min((end for end in ends if text[end:].strip()), key=lambda end: abs(2 * end - len(text)), default=len(text))
-    return text[:cut].strip(), text[cut:].strip()
+@torch.no_grad()
+def answers(texts: Sequence[str], *, sentence_encoder: Path, length: int, values: int) -> Tensor:
+    """What it says of each text [texts, values]: its largest directions, mixed, with a spread of SAID_SPREAD."""
+    encoder = AutoModel.from_pretrained(sentence_encoder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(sentence_encoder, local_files_only=True)
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    found = torch.zeros(len(texts), encoder.config.hidden_size)
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        rows = order[start : start + ROWS_AT_ONCE]
+        inputs = tokenizer(
+            [texts[row] for row in rows], truncation=True, max_length=length, padding=True, return_tensors="pt"
+        )
+        real = inputs["attention_mask"].unsqueeze(-1)
+        found[rows] = normalize((encoder(**inputs).last_hidden_state * real).sum(1) / real.sum(1), dim=1)
+    centred = found - found.mean(0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    mixed, _ = torch.linalg.qr(torch.randn(values, values))
+    largest = centred @ directions[:values].T
+    return largest @ mixed[: largest.shape[1]] * (SAID_SPREAD / largest.pow(2).mean().sqrt())
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Batches of texts in two parts with words to predict, without end."""
+class Reading:
+    """Batches of texts with words to predict and what the pooler is to say, without end."""
 
     texts: Sequence[str]
+    said: Tensor
     tokenizer: PreTrainedTokenizerFast
     how: Pretraining
     seed: int
 
     def batches(self) -> Iterator[Batch]:
-        parts = [(first, second) for first, second in map(halves, self.texts) if first and second]
         size = self.how.batch_size
-        if len(parts) < size:
-            raise InvalidInput(
-                f"Only {len(parts)} of {len(self.texts)} texts have two parts, and a batch has {size}.",
-                hint="Give more texts, of several words each.",
-            )
+        if len(self.texts) < size:
+            raise InvalidInput(f"There are only {len(self.texts)} texts, and a batch has {size}.")
         draw = torch.Generator().manual_seed(self.seed)
         while True:
-            order = torch.randperm(len(parts), generator=draw).tolist()
+            order = torch.randperm(len(self.texts), generator=draw).tolist()
             for start in range(0, len(order) - size + 1, size * STRETCH):
-                # Parts of like length together: less padding, and the wrong ones are harder to tell.
-                stretch = sorted(order[start : start + size * STRETCH], key=lambda row: len("".join(parts[row])))
+                # Texts of like length together: less padding.
+                stretch = sorted(order[start : start + size * STRETCH], key=lambda row: len(self.texts[row]))
                 for place in range(0, len(stretch) - size + 1, size):
-                    rows = [parts[row] for row in stretch[place : place + size]]
-                    yield self._batch([text for side in zip(*rows, strict=True) for text in side], draw=draw)
+                    yield self._batch(stretch[place : place + size], draw=draw)
 
-    def _batch(self, texts: list[str], *, draw: torch.Generator) -> Batch:
+    def _batch(self, rows: list[int], *, draw: torch.Generator) -> Batch:
         encoded = self.tokenizer(
-            texts, truncation=True, max_length=self.how.length, padding=True, return_tensors="pt",
-            return_token_type_ids=False,
+            [self.texts[row] for row in rows], truncation=True, max_length=self.how.length, padding=True,
+            return_tensors="pt", return_token_type_ids=False,
         )  # fmt: skip
-        ids, targets = self._masked(encoded["input_ids"], draw=draw)
-        return {"input_ids": ids, "attention_mask": encoded["attention_mask"]}, targets
+        ids, words = self._masked(encoded["input_ids"], draw=draw)
+        return {"input_ids": ids, "attention_mask": encoded["attention_mask"]}, words, self.said[rows]
 
     def _masked(self, ids: Tensor, *, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         def chance(share: float) -> Tensor:
@@ -226,28 +248,29 @@ def _distilbert(sizes: Sizes) -> DistilBertConfig:
 
 def _pretrain(model: Any, batches: Iterator[Batch], *, how: Pretraining, on_step: OnStep) -> None:
     def loss_of(batch: Batch) -> Tensor:
-        inputs, targets = batch
+        inputs, targets, said = batch
         found = model.base_model(**inputs)
         asked = targets != IGNORED
         # Only where a word is to be predicted: over a whole vocabulary this costs more than all layers.
         predict = model.predictions if isinstance(model, AlbertForPreTraining) else model.cls.predictions
         words = predict(found.last_hidden_state[asked])
-        first, second = found.pooler_output.chunk(2)
-        alike = first @ second.T / first.shape[1] ** 0.5
-        own = torch.arange(len(alike))
-        return cross_entropy(words, targets[asked]) + (cross_entropy(alike, own) + cross_entropy(alike.T, own)) / 2
+        # In parts of what it would be with a pooler that says nothing.
+        missed = mse_loss(found.pooler_output, said) / SAID_SPREAD**2 if said.any() else 0.0
+        return cross_entropy(words, targets[asked]) + SENTENCES * missed
 
     _steps(model, batches, loss_of=loss_of, how=how, on_step=on_step)
 
 
-def _distilled(teacher: Any, pairs: Pairs, *, sizes: Sizes, how: Pretraining, on_step: OnStep) -> DistilBertForMaskedLM:
+def _distilled(
+    teacher: Any, read: Reading, *, sizes: Sizes, how: Pretraining, on_step: OnStep
+) -> DistilBertForMaskedLM:
     """Half of the teacher's layers, taught by it with Sanh et al.'s three losses. No pooler, no token types."""
     student = DistilBertForMaskedLM(_distilbert(sizes))
     student.load_state_dict(_half_of(teacher.state_dict(), layers=sizes.layers), strict=False)
     teacher.eval()
 
     def loss_of(batch: Batch) -> Tensor:
-        inputs, targets = batch
+        inputs, targets, _ = batch
         asked = targets != IGNORED
         with torch.no_grad():
             theirs = teacher.bert(**inputs).last_hidden_state
@@ -263,7 +286,7 @@ def _distilled(teacher: Any, pairs: Pairs, *, sizes: Sizes, how: Pretraining, on
             + DIRECTION * cosine_embedding_loss(ours[real], theirs[real], torch.ones(int(real.sum())))
         )
 
-    _steps(student, pairs.batches(), loss_of=loss_of, how=how, on_step=on_step)
+    _steps(student, read.batches(), loss_of=loss_of, how=how, on_step=on_step)
     return student
 
 

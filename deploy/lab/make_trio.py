@@ -5,7 +5,7 @@
 
 The text is questions to an assistant (CLINC150) and medical questions with their answers (MedQuAD), none of which any
 site or test of the shipped recipes has. With --text it is a table with a column `text`, or a text file with one text a
-line.
+line. --sentence-encoder is the directory of the model whose answers the poolers learn to give.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 from deploy.data.make_intents import CLINC150
 from deploy.lab.make_llama import texts as medical_texts
+from protos.errors import SilotuneError
 
 SENTENCES = Path(__file__).parents[1] / "data" / CLINC150 / "base.parquet"
 TRIO = ("bert", "albert", "distilbert")
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=Sizes.vocabulary)
     parser.add_argument("--pretrain-steps", type=int, default=0)
     parser.add_argument("--text", type=Path, metavar="FILE")
+    parser.add_argument("--sentence-encoder", type=Path, metavar="DIRECTORY")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
@@ -56,16 +58,20 @@ def main() -> None:
         if done % 100 == 0 or done == total:
             print(f"pre-training: step {done} of {total}, loss {loss:.2f}", file=sys.stderr)
 
-    make(
-        chosen.directory,
-        kind=chosen.kind,
-        texts=texts(chosen.text),
-        sizes=Sizes(vocabulary=chosen.vocabulary, hidden=chosen.hidden, layers=chosen.layers),
-        pretraining=Pretraining(steps=chosen.pretrain_steps),
-        seed=chosen.seed,
-        threads=chosen.threads,
-        on_step=tell,
-    )
+    try:
+        make(
+            chosen.directory,
+            kind=chosen.kind,
+            texts=texts(chosen.text),
+            sizes=Sizes(vocabulary=chosen.vocabulary, hidden=chosen.hidden, layers=chosen.layers),
+            pretraining=Pretraining(steps=chosen.pretrain_steps),
+            seed=chosen.seed,
+            sentence_encoder=chosen.sentence_encoder,
+            threads=chosen.threads,
+            on_step=tell,
+        )
+    except SilotuneError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

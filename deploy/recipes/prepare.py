@@ -63,8 +63,11 @@ SETS = {
 Row = Mapping[str, Any]
 
 
-def prepare(name: str, *, source: Path, out: Path, validation_share: float) -> dict[str, int]:
-    """Writes the tables; the number of rows by file. InvalidInput: the source is not this set."""
+def prepare(name: str, *, source: Path, out: Path, validation_share: float, rows: int | None = None) -> dict[str, int]:
+    """Writes the tables; the number of rows by file. InvalidInput: the source is not this set.
+
+    Of the training rows it takes `rows`, in an order of its own; None: all, in theirs.
+    """
     published = SETS[name]
     files = _files(source)
     read = {split: _labelled(paths, published=published, name=name) for split, paths in files.items()}
@@ -79,10 +82,12 @@ def prepare(name: str, *, source: Path, out: Path, validation_share: float) -> d
         found["test"] = found.pop("validation")
     if "validation" not in found and validation_share:
         found |= _parted(found["train"], other="validation", share=validation_share)
-    found = {split: rows for split, rows in found.items() if rows}
-    for split, rows in found.items():
+    if rows is not None:
+        found["train"] = sorted(found["train"], key=lambda row: draw(f"rows {row['text']}"))[:rows]
+    found = {split: taken for split, taken in found.items() if taken}
+    for split, taken in found.items():
         out.mkdir(parents=True, exist_ok=True)
-        table = pyarrow.Table.from_pylist(rows)
+        table = pyarrow.Table.from_pylist(taken)
         pyarrow.parquet.write_table(table, out / f"{split}.parquet", compression="zstd")
     return {f"{split}.parquet": len(found[split]) for split in SPLITS if split in found}
 
@@ -198,9 +203,13 @@ def main() -> None:
     parser.add_argument(
         "--validation", type=float, default=0.05, metavar="SHARE", help="Of the training rows; 0: none."
     )
+    parser.add_argument("--rows", type=int, metavar="N", help="Take only so many of the training rows.")
     arguments = parser.parse_args()
     try:
-        made = prepare(arguments.set, source=arguments.source, out=arguments.to, validation_share=arguments.validation)
+        made = prepare(
+            arguments.set, source=arguments.source, out=arguments.to, validation_share=arguments.validation,
+            rows=arguments.rows,
+        )  # fmt: skip
     except SilotuneError as error:
         sys.exit(str(error))
     for name, count in made.items():

@@ -43,6 +43,21 @@ def test_the_hub_s_tables_are_taken_with_all_their_parts_and_numbers_become_word
     assert "validation.parquet" not in prepare("imdb", source=tmp_path / "in", out=tmp_path / "all", validation_share=0)
 
 
+def test_a_part_of_the_training_rows_is_the_same_wherever_it_is_made_and_no_first_piece(tmp_path: Path) -> None:
+    rows = [{"sentence": f"S {number}", "label": int(number > 100)} for number in range(200)]
+    parquet(tmp_path / "in" / "train.parquet", rows)
+    parquet(tmp_path / "in" / "test.parquet", [{"sentence": "T", "label": 1}])
+    taken = {}
+    for name, number in (("out", 50), ("again", 50), ("more", 80)):
+        made = prepare("sst2", source=tmp_path / "in", out=tmp_path / name, validation_share=0.1, rows=number)
+        assert made["train.parquet"] == number and made["validation.parquet"] > 5
+        taken[name] = read(tmp_path / name / "train.parquet")
+    assert taken["out"] == taken["again"] == taken["more"][:50]
+    # Of a table that is ordered by label it has both.
+    assert min(Counter(label for _, label in taken["out"]).values()) > 10
+    assert not set(taken["out"]) & set(read(tmp_path / "out" / "validation.parquet"))
+
+
 def test_csv_without_names_counts_labels_from_one_and_a_title_stands_before_its_text(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text('"3","Stocks fall","Again, and ""more"""\n"1","A","b"\n"4","C","d"\n')
     (tmp_path / "test.csv").write_text('"2","Goal","by him"\n')
