@@ -43,16 +43,22 @@ test: $(READY) ## All tests but the slow ones and those for a GPU
 test-all: $(READY) ## All tests
 	@$(BIN)/python -m pytest
 
-recipes-smoke: $(READY) ## Each recipe folder in tiny form
+recipes-smoke: $(READY) ## Each recipe folder in tiny form (among `make test`)
 	@$(BIN)/python -m pytest -q tests/recipes/test_smoke.py tests/recipes/test_pages.py
 
-# Each goes on where it was. Those of lab-full.toml need a GPU and data sets, and are run by hand.
+# Each goes on where it was. Those of lab-full.toml need a GPU and data sets, and are run by hand. What fails does not
+# keep the others from running; 130 is Ctrl-C.
 recipes: $(READY) ## Each recipe's twin in full: many hours; what comes of them is below runs/
-	@for file in $(filter-out %/lab-full.toml,$(wildcard deploy/recipes/*/lab*.toml)); do \
+	@failed=(); \
+	for file in $(filter-out %/lab-full.toml,$(wildcard deploy/recipes/*/lab*.toml)); do \
 	    folder=$$(dirname $$file); out=runs/$$(basename $$folder)/$$(basename $$file .toml); \
-	    $(BIN)/silotune lab run $$folder --lab $$(basename $$file) --threads 1 --jobs 2 --out $$out; \
-	    $(BIN)/silotune lab report $$out; \
-	done
+	    for words in "run $$folder --lab $$(basename $$file) --threads 1 --jobs 2 --out $$out" "report $$out"; do \
+	        status=0; $(BIN)/silotune lab $$words || status=$$?; \
+	        if [ $$status -eq 130 ]; then exit 130; fi; \
+	        if [ $$status -ne 0 ]; then failed+=("silotune lab $$words"); fi; \
+	    done; \
+	done; \
+	if [ $${#failed[@]} -gt 0 ]; then echo "These failed; what each said is above:"; printf '  %s\n' "$${failed[@]}"; exit 1; fi
 
 chaos: $(READY) ## Faults by the hundred, and a judge: SEEDS=200 SEED0=1 ENGINE=sqlite or postgres (with S3, 3 coordinators)
 	@$(BIN)/python -m tests.chaos --seeds $(SEEDS) --seed0 $(SEED0) --engine $(ENGINE) --out chaos/$(ENGINE).json

@@ -180,16 +180,32 @@ def inspect_directory(name: str, directory: Path, *, on_file: OnFile = lambda na
     )
 
 
+def check_hub_name(repository: str) -> str:
+    """`repository` if the hub may have one of that name. InvalidInput otherwise."""
+    # Imported here: it is slow, and the daemon never needs it.
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        raise InvalidInput(
+            f"{repository[:80]!r} is not the id of a hub repository.", hint="For example org/model-name."
+        ) from None
+    return repository
+
+
 def fetch_from_hub(repository: str, *, revision: str | None, cache: Path) -> Path:
     """Downloads a model's safetensors and text files into `cache`, and says where they lie: a folder that is named
     after the commit. Where the hub does not answer, `cache` or else Hugging Face's own cache may hold the revision.
 
-    Unavailable: the hub cannot be reached or does not give the model out, and neither cache has it.
+    Unavailable: the hub cannot be reached or does not give the model out, and neither cache has it. InvalidInput: no
+    repository can have that name.
     """
-    # Imported here: it is slow, and the daemon never needs it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    check_hub_name(repository)
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": HUB_PATTERNS}
     try:
         return Path(snapshot_download(repository, cache_dir=cache, **wanted))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from protos.encodings import may_be_cut
+from protos.errors import UpdateRejected
 from protos.rounding import Values, check_sane
 
 
@@ -19,14 +20,20 @@ def cut(matrix: Values, *, energy: float, name: str) -> Values | None:
     """The factors [K, P + Q] of the fewest directions that hold `energy` of the squared sum of `matrix` [P, Q].
 
     A matrix of zeros has none: K = 0. None where factors are no smaller than the matrix. UpdateRejected: a value is not
-    finite, or absurdly large.
+    finite, or absurdly large, or the library's decomposition did not converge.
     """
     check_sane(np.abs(matrix).max(initial=0), name=name)
     if not may_be_cut(matrix.shape, rank=1):
         return None
     if not matrix.any():
         return np.zeros((0, sum(matrix.shape)), dtype=np.float32)
-    left, sizes, right = np.linalg.svd(matrix, full_matrices=False)
+    try:
+        left, sizes, right = np.linalg.svd(matrix, full_matrices=False)
+    except np.linalg.LinAlgError as error:
+        raise UpdateRejected(
+            f"Tensor {name!r} could not be cut to its largest directions: {error}.",
+            hint="Another encoding than svd takes it as it is.",
+        ) from error
     held = np.cumsum(sizes.astype(np.float64) ** 2)
     rank = min(int(np.searchsorted(held / held[-1], energy)) + 1, len(sizes))
     if not may_be_cut(matrix.shape, rank=rank):

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from client_agent.training.kinds import Encoded, Kind, loss_sum
 from client_agent.training.model import Model
-from client_agent.training.train import autocast, out_of_memory
+from client_agent.training.train import autocast, cannot_be_compiled, out_of_memory
 from protos.jobspec import Local
 
 
@@ -37,7 +38,7 @@ def predictions(
     """Batch by batch, until every row was there once.
 
     `on_rows(done, total)` is called before each batch and at the end. OutOfSpace when not even one row fits into the
-    device's memory.
+    device's memory; InvalidInput when the model is to be compiled and cannot be.
     """
     model.network.eval()
     # By length, so that little is padded; the metrics do not depend on the order.
@@ -56,6 +57,8 @@ def predictions(
                 raise out_of_memory(len(rows)) from None
             waiting[:0] = rows.split(len(rows) // 2)
             continue
+        except TorchDynamoException as error:
+            raise cannot_be_compiled(error) from error
         yield Predicted(rows, logits, targets, loss)
         done += len(rows)
     on_rows(done, len(tokens))

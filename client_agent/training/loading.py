@@ -45,10 +45,10 @@ def load_version(model: Model, *, path: Path, spec: jobspec.JobSpec, round_numbe
     model.federated.update(federated)
     if isinstance(spec.method, jobspec.Full):
         warm = spec.local.warm_head
-        _hold_body(model, held=warm is not None and site is not None and round_number <= warm.rounds)
+        hold_body(model, held=warm is not None and site is not None and round_number <= warm.rounds)
 
 
-def _hold_body(model: Model, *, held: bool) -> None:
+def hold_body(model: Model, *, held: bool) -> None:
     """Whether the head alone is trained. An update has all of the tensors in either case."""
     network: Any = model.network
     body = set(network.base_model.parameters())

@@ -3,7 +3,8 @@
 They have the classes and the files of the real ones. "bert" (Devlin et al. 2018, arXiv:1810.04805) has a pooler that a
 task about sentences has trained. "albert" (Lan et al. 2019, arXiv:1909.11942) shares one layer's weights among all its
 layers, and has such a pooler too. "distilbert" (Sanh et al. 2019, arXiv:1910.01108) begins as every second layer of
-that "bert", is taught by it to predict masked words, and has no pooler: whoever classifies with it puts two new layers
+such a "bert" and is taught by it to predict masked words. No task about sentences was there, for its teacher neither,
+so what it says at the first token means little, and it has no pooler: whoever classifies with it puts two new layers
 on it.
 
 The task about sentences is to say with the pooler what a public sentence encoder says of the text: the largest
@@ -49,8 +50,9 @@ WARM_UP_STEPS = 50
 # DistilBERT's own: the temperature, and the weights of teacher's words, right words and directions of hidden states.
 TEMPERATURE, TEACHER, WORDS, DIRECTION = 2.0, 5.0, 2.0, 1.0
 
-# Of what the pooler is to say, whose values lie between -1 and 1; and how its errors weigh beside those of words.
-SAID_SPREAD, SENTENCES = 0.5, 5.0
+# How far what the pooler is to say is from 0 before it is squeezed between -1 and 1, near which the real ones' answers
+# lie; and how its errors weigh beside those of words.
+SAID_SPREAD, SENTENCES = 1.5, 5.0
 # ALBERT's one layer has the gradients of all: at the rate of the others it learns nothing.
 ALBERT_SLOWER = 2
 
@@ -113,7 +115,7 @@ def make(
     tokenizer = make_tokenizer(texts, vocabulary=sizes.vocabulary)
     torch.manual_seed(seed)
     said = torch.zeros(len(texts), sizes.hidden)
-    if sentence_encoder is not None and pretraining.steps:
+    if sentence_encoder is not None and pretraining.steps and kind != "distilbert":
         said = answers(texts, sentence_encoder=sentence_encoder, length=pretraining.length, values=sizes.hidden)
     read = Reading(texts, said, tokenizer=tokenizer, how=pretraining, seed=seed)
     model: PreTrainedModel
@@ -158,7 +160,7 @@ def make_tokenizer(texts: Sequence[str], *, vocabulary: int) -> PreTrainedTokeni
 
 @torch.no_grad()
 def answers(texts: Sequence[str], *, sentence_encoder: Path, length: int, values: int) -> Tensor:
-    """What it says of each text [texts, values]: its largest directions, mixed, with a spread of SAID_SPREAD."""
+    """What it says of each text [texts, values]: its largest directions, mixed, and squeezed between -1 and 1."""
     encoder = AutoModel.from_pretrained(sentence_encoder, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(sentence_encoder, local_files_only=True)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
@@ -174,7 +176,7 @@ def answers(texts: Sequence[str], *, sentence_encoder: Path, length: int, values
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     mixed, _ = torch.linalg.qr(torch.randn(values, values))
     largest = centred @ directions[:values].T
-    return largest @ mixed[: largest.shape[1]] * (SAID_SPREAD / largest.pow(2).mean().sqrt())
+    return torch.tanh(largest @ mixed[: largest.shape[1]] * (SAID_SPREAD / largest.pow(2).mean().sqrt()))
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _pretrain(model: Any, batches: Iterator[Batch], *, how: Pretraining, on_step
         predict = model.predictions if isinstance(model, AlbertForPreTraining) else model.cls.predictions
         words = predict(found.last_hidden_state[asked])
         # In parts of what it would be with a pooler that says nothing.
-        missed = mse_loss(found.pooler_output, said) / SAID_SPREAD**2 if said.any() else 0.0
+        missed = mse_loss(found.pooler_output, said) / said.pow(2).mean() if said.any() else 0.0
         return cross_entropy(words, targets[asked]) + SENTENCES * missed
 
     _steps(model, batches, loss_of=loss_of, how=how, on_step=on_step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -142,6 +143,14 @@ def out_of_memory(batch_rows: int) -> OutOfSpace:
     )
 
 
+def cannot_be_compiled(error: TorchDynamoException) -> InvalidInput:
+    traceback.print_exception(error)
+    return InvalidInput(
+        f"The base model cannot be compiled at this site ({type(error).__name__}).",
+        hint="Set compile = false under [local] in the recipe; the trainer's log has the details.",
+    )
+
+
 def set_gradient_checkpointing(model: Model, *, wanted: bool) -> None:
     """As this task wants it: a model that is warm may have served another one."""
     network: Any = model.network
@@ -176,10 +185,7 @@ def _gradients(
             if micro_batch_size == 1:
                 raise out_of_memory(1) from None
         except TorchDynamoException as error:
-            raise InvalidInput(
-                f"The base model cannot be compiled at this site ({type(error).__name__}).",
-                hint="Set compile = false under [local] in the recipe; the trainer's log has the details.",
-            ) from error
+            raise cannot_be_compiled(error) from error
         # Here, where the failed attempt's frames no longer hold its tensors.
         micro_batch_size = min(micro_batch_size, len(rows)) // 2 or 1
         if model.device.type == "cuda":

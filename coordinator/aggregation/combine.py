@@ -127,6 +127,7 @@ def combine(
         if not isinstance(optimizer, NoServerOptimizer) and state_output is not None:
             variables = _variables(layout, has_controls=controls is not None)
             memory = OptimizerState.begin(optimizer, variables, state, state_output, digest=state_digest)
+            stack.callback(memory.close)
         layers = _layers(spec, round_number, weights) if before else None
         out = Output(output, header=None if layers and layers.grows else header)
         work = _Combination(weights, robust, readers, held, before, controls, layers, optimizer, memory, out)

@@ -15,6 +15,7 @@ own that belongs to the version.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,10 @@ def slots(optimizer: ServerOptimizer) -> dict[str, float]:
 
 
 class OptimizerState:
-    """The state's file, read and written block by block beside the model: tensors `m.<name>`, `v.<name>`."""
+    """The state's file, read and written block by block beside the model: tensors `m.<name>`, `v.<name>`.
+
+    Close it where it is not finished.
+    """
 
     def __init__(self, begin_with: dict[str, float], layout: tensors.Layout, source: Path | None, target: Path) -> None:
         header, own = tensors.make_header(
@@ -72,9 +76,10 @@ class OptimizerState:
         )
         self._begin_with = begin_with
         self._offsets = {tensor.name: len(header) + tensor.offset for tensor in own.tensors}
-        self._source = None if source is None else os.open(source, os.O_RDONLY)
+        self._handles = ExitStack()
+        self._source = None if source is None else self._opened(source, os.O_RDONLY)
         self._path = target
-        self._target = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._target = self._opened(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.truncate(self._target, own.file_bytes)
         os.pwrite(self._target, header, 0)
         self._pending: list[tuple[int, NDArray[np.float64]]] = []
@@ -110,7 +115,13 @@ class OptimizerState:
     def finish(self) -> str:
         """Syncs the file and returns its digest."""
         os.fsync(self._target)
-        os.close(self._target)
-        if self._source is not None:
-            os.close(self._source)
+        self.close()
         return digest_of_file(self._path)
+
+    def close(self) -> None:
+        self._handles.close()
+
+    def _opened(self, path: Path, flags: int) -> int:
+        handle = os.open(path, flags, 0o600)
+        self._handles.callback(os.close, handle)
+        return handle

@@ -346,11 +346,13 @@ def _distill(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
         return _commit(job, facts, round_, command, undistilled=sentences.outcomes(tasks))
     limit = job.spec.cohort.stall_limit_seconds
     # It may have an evaluation in hand before it comes to this.
-    moved_at = max(task.last_progress_at for task in facts.tasks if task.state.open and task.site == waiting.site)
+    in_hand = [task for task in facts.tasks if task.state.open and task.site == waiting.site and task.lease_until]
+    moved_at = max((task.last_progress_at for task in in_hand), default=round_.deadline_at)
     stalls_at, stalled = moved_at + limit, f"nothing moved for {sentences.duration(limit)}"
     connected = any(site.connected for site in facts.sites if site.name == waiting.site)
     if not connected and not waiting.lease_until:
-        # It never took the task: an agent that is away must not hold up each round.
+        # It never took the task: an agent that is away must not hold up each round. One that is there has its hands
+        # full with another job, or is about to take it.
         stalls_at, stalled = waiting.queued_at + cohorts.patience_seconds(job), "it is not connected"
     if now <= min(round_.deadline_at, stalls_at):
         return Transition((), sentences.waits_for_distillation(facts, round_, waiting, stalls_at=stalls_at, now=now))

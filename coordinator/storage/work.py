@@ -95,6 +95,8 @@ class Work:
                     state=TaskState.LEASED.value,
                     generation=row.generation + 1,
                     lease_until=row.service_seconds + lease_seconds,
+                    # Whoever takes it late, because it had other work, did not stand still until then.
+                    last_progress_at=row.last_progress_at if row.lease_until else row.service_seconds,
                 )
             )
             leased = connection.execute(select(tasks).where(tasks.c.id == row.id)).one()

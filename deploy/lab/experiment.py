@@ -8,7 +8,8 @@ validation = "..."                # the house agent's
 test = "..."
 columns = { text = "text", label = "label" }     # keys of [data] in site.toml
 
-[model]                           # a directory, or a small Llama made of the shipped text
+[model]                           # a directory (path), what lies in the hub cache of this machine (hub, and a revision
+                                  # of it), or a small Llama made of the shipped text
 make = { pretrain_steps = 300 }   # or a small encoder: { kind = "distilbert", pretrain_steps = 1500 }
 
 [partition]
@@ -102,6 +103,8 @@ class SmallEncoder(Part):
     pretrain_steps: Annotated[int, Field(ge=0)] = 0
     # What it is made of: a table with a column `text`, or a file with one text a line. Default: the shipped text.
     text: str | None = None
+    # The directory of the encoder whose answers its pooler learns to give. A model that is not pre-trained needs none.
+    sentence_encoder: str | None = None
     seed: int = 0
 
 
@@ -110,18 +113,25 @@ class LabModel(Part):
 
     path: str | None = None
     hub: str | None = None
+    # Of the repository: a branch, a tag or a commit. Not written without it, so that a run keeps its plan.
+    revision: Annotated[str, Field(min_length=1)] | None = Field(default=None, exclude_if=lambda name: name is None)
     make: SmallLlama | SmallEncoder | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> LabModel:
         if sum(way is not None for way in (self.path, self.hub, self.make)) != 1:
             raise ValueError("give one of path, hub and make")
+        if self.revision and self.hub is None:
+            raise ValueError("revision goes with hub")
         return self
 
     def at(self, directory: Path) -> LabModel:
         make = self.make
-        if isinstance(make, SmallEncoder) and make.text:
-            make = make.model_copy(update={"text": absolute(make.text, directory=directory)})
+        if isinstance(make, SmallEncoder):
+            files = {name: getattr(make, name) for name in ("text", "sentence_encoder")}
+            make = make.model_copy(
+                update={name: path and absolute(path, directory=directory) for name, path in files.items()}
+            )
         return self.model_copy(update={"path": self.path and absolute(self.path, directory=directory), "make": make})
 
 
@@ -149,7 +159,7 @@ class GridModel(LabModel):
 
 class Variant(Part):
     """What is different in the recipe, {dotted key: value}, and how many sites it has and who attacks, where that is
-    its own."""
+    its own. Of a variant with its own `sites` a grid has one cell with those, not one for each number of sites."""
 
     changes: dict[str, Any] = Field(default_factory=dict)
     sites: Annotated[int, Field(ge=1, le=1000)] | None = None

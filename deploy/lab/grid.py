@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet
 
 from client_agent.taskdir import read_json, write_json
 from coordinator.terminal import duration
@@ -133,7 +136,7 @@ def _with_models(cell: Cell, *, out: Path, say: Say) -> Plan:
         if model is None:
             return None
         path = directory_of(model, made=models / name, threads=plan.threads, say=say)
-        return model.model_copy(update={"path": str(path), "hub": None, "make": None})
+        return model.model_copy(update={"path": str(path), "hub": None, "revision": None, "make": None})
 
     experiment = plan.experiment
     teachers = {name: found(model, name) for name, model in experiment.teachers.items()}
@@ -154,19 +157,19 @@ def _finish(running: dict[Future[Failed | None], Cell], *, clock: _Clock, say: S
 
 
 class _Clock:
-    """How long the rest will take, if what a site trains in a round takes as long as until now."""
+    """How long the rest will take, if a step takes as long as until now."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._began, self._done, self._count = time.monotonic(), 0.0, 0
-        self._cells, self._work = len(cells), sum(map(_tasks, cells))
+        self._cells, self._work = len(cells), sum(map(_steps, cells))
 
     def ended(self, cell: Cell, *, done: bool) -> str:
         self._count += 1
         if done:
-            self._done += _tasks(cell)
+            self._done += _steps(cell)
         else:
             # What failed says nothing about how long the others take.
-            self._work -= _tasks(cell)
+            self._work -= _steps(cell)
         rest = "the last one"
         if self._count < self._cells:
             left = (time.monotonic() - self._began) * (self._work / self._done - 1) if self._done else None
@@ -174,11 +177,20 @@ class _Clock:
         return f"{self._count} of {self._cells}; {rest}"
 
 
-def _tasks(cell: Cell) -> float:
-    spec, sites = cell.plan.spec, cell.plan.experiment.sites
-    drawn = sites if spec.cohort.size == "all" else min(sites, spec.cohort.size)
-    # The start of a run takes about as long as some tasks.
-    return 10.0 + spec.rounds * drawn
+# What starting a run and giving out a task take, in steps of a small model.
+START_STEPS, TASK_STEPS = 500.0, 5.0
+
+
+def _steps(cell: Cell) -> float:
+    """About how many optimizer steps it trains in all: many sites share the same rows, so it is not their number."""
+    spec, experiment = cell.plan.spec, cell.plan.experiment
+    drawn = experiment.sites if spec.cohort.size == "all" else min(experiment.sites, spec.cohort.size)
+    steps = float(spec.local.steps or 1)
+    if spec.local.steps is None and experiment.data is not None and Path(experiment.data.rows).exists():
+        rows = pyarrow.parquet.read_metadata(experiment.data.rows).num_rows
+        rows = min(rows, experiment.data.limit or rows)
+        steps = spec.local.epochs * math.ceil(rows / experiment.sites / spec.local.batch_size)
+    return START_STEPS + spec.rounds * drawn * (TASK_STEPS + steps)
 
 
 def each_in_turn(say: Callable[[str], None]) -> Say:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from client_agent.models import HUB_PATTERNS
+from client_agent.models import HUB_PATTERNS, check_hub_name
 from client_agent.taskdir import read_json, write_json
 from deploy.lab.experiment import LabModel, SmallEncoder
 from deploy.local import LocalFederation
@@ -19,14 +19,15 @@ MAKE_SECONDS = 24 * 3600.0
 def directory_of(wanted: LabModel, *, made: Path, threads: int, say: Callable[[str], None]) -> Path:
     """Where the model lies; one that is to be made is made at `made`, unless it is there.
 
-    NotFound: it is not on this machine. Conflict: another one was made there. CommandFailed: it could not be made.
+    NotFound: it is not on this machine. InvalidInput: no repository of the hub can have that name. Conflict:
+    another one was made there. CommandFailed: it could not be made.
     """
     if wanted.path is not None:
         if not Path(wanted.path).is_dir():
             raise NotFound(f"There is no base model in {wanted.path}.", hint="Give its directory, or a hub name.")
         return Path(wanted.path)
     if wanted.hub is not None:
-        return _in_hub_cache(wanted.hub)
+        return _in_hub_cache(check_hub_name(wanted.hub), revision=wanted.revision)
     assert wanted.make is not None
     made.parent.mkdir(parents=True, exist_ok=True)
     record, asked = made.with_name(f"{made.name}.json"), wanted.make.model_dump(mode="json")
@@ -51,15 +52,18 @@ def directory_of(wanted: LabModel, *, made: Path, threads: int, say: Callable[[s
     return made
 
 
-def _in_hub_cache(repository: str) -> Path:
+def _in_hub_cache(repository: str, *, revision: str | None) -> Path:
     # Here, because it loads slowly.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_PATTERNS, local_files_only=True))
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=True)
+        )
     except LocalEntryNotFoundError:
+        at, option = (f" at {revision}", f" --revision {revision}") if revision else ("", "")
         raise NotFound(
-            f"The hub cache of this machine does not hold {repository}.",
-            hint=f"`hf download {repository}` puts it there.",
+            f"The hub cache of this machine does not hold {repository}{at}.",
+            hint=f"`hf download {repository}{option}` puts it there.",
         ) from None

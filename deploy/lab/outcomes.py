@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from client_agent.taskdir import read_json
 from deploy.lab.grid import CELLS, GRID, LOG, read_grid
-from deploy.lab.report import held_out, summary
+from deploy.lab.report import held_out, summary, unusual
 from deploy.lab.run import METRICS, PLAN
 from protos.digests import digest_of
 from protos.errors import InvalidInput
@@ -202,6 +202,8 @@ def row_of(cell: Cell, *, study: Study) -> Row:
         "steps_along_average": steps[max(steps)],
         "aggregation_error": mean(errors) if errors else None,
         "distillations_kept": sum(kept) if kept else None,
+        "rounds_undistilled": sum(bool(entry.get("undistilled")) for entry in rounds),
+        "left_out": " ".join(f"{one['site']}={one['left_out']}" for one in unusual(metrics) if one["left_out"]),
         **{name: found[name] for name in ("bytes_up", "bytes_down", "seconds")},
     }
     if rounds:

@@ -63,8 +63,10 @@ def cells(directory: Path, typed: Typed | None = None) -> list[Cell]:
         raise InvalidInput("--model is for a run of one model; this grid names its models.", hint="Take --models.")
     is_grid = found.grid != Grid() or any(len(values) > 1 for values in wanted.values())
     made = []
-    for values in itertools.product(*wanted.values()):
-        axes = dict(zip(wanted, values, strict=True))
+    combined = [
+        _own_sites(found, dict(zip(wanted, values, strict=True))) for values in itertools.product(*wanted.values())
+    ]
+    for axes in {tuple(axes.items()): axes for axes in combined}.values():
         plan = _plan(found, fields, axes, typed=typed)
         made.append(Cell(_name(axes), axes, plan) if is_grid else Cell("", {}, plan))
     return made
@@ -75,6 +77,12 @@ def _axes(grid: Grid, typed: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[
     chosen = experiment.checked({"grid": unknown}, name="The options").grid
     found = {one: getattr(chosen, many) or getattr(grid, many) for many, one in AXES.items()}
     return {one: values for one, values in found.items() if values}
+
+
+def _own_sites(found: LabFile, axes: dict[str, Any]) -> dict[str, Any]:
+    """The axes with the number of sites that the variant has for itself, whatever the grid's: it is one cell."""
+    own = _named(found.variants, axes["variant"], of="variants").sites if "variant" in axes else None
+    return {**axes, "sites": own} if own and "sites" in axes else axes
 
 
 def _name(axes: Mapping[str, Any]) -> str:

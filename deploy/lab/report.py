@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from deploy.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, FigureOf
 from deploy.lab.place import HOUSE
 from deploy.lab.run import read_metrics
 from protos.metrics import BENCHMARKS, LOWER_IS_BETTER
+from protos.update_figures import COEFFICIENT, COSINE, KINDS, NORM, NORM_Z, OUTLYING_Z, by_site
 
 TEMPLATE = Path(__file__).parent / "template.html"
 PAGE = "report.html"
@@ -37,6 +39,7 @@ def write_report(runs: Sequence[Path], *, out: Path, title: str = "") -> Path:
         TEMPLATE, plots=out / "plots", figures=drawn, title=title or ", ".join(found), runs=found,
         rows={name: summary(metrics) for name, metrics in found.items()},
         drops={name: drops(metrics) for name, metrics in found.items()},
+        unusual={name: unusual(metrics) for name, metrics in found.items()},
         words={name: name.replace("_", " ") for name in drawn},
     )  # fmt: skip
     (out / PAGE).write_text(page)
@@ -111,6 +114,29 @@ def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "bytes_down": sum(entry["bytes_down"] for entry in rounds),
         "seconds": sum(entry["seconds"].get("total", 0.0) for entry in rounds),
     }
+
+
+def unusual(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each site whose updates were looked at, in how many rounds, and in how many of them they were unusual.
+
+    `weight` is the mean of what a robust rule multiplied them with, None for rules that take each coordinate by itself.
+    """
+    measured: dict[str, dict[str, list[float]]] = {}
+    for entry in metrics["rounds"]:
+        for kind in KINDS:
+            for site, value in by_site(entry.get("metrics", {}), kind).items():
+                measured.setdefault(site, {each: [] for each in KINDS})[kind].append(value)
+    return [
+        {
+            "site": site,
+            "rounds": len(of[NORM]),
+            "left_out": of[COEFFICIENT].count(0.0),
+            "weight": mean(of[COEFFICIENT]) if of[COEFFICIENT] else None,
+            "against": sum(cosine < 0 for cosine in of[COSINE]),
+            "outlying": sum(abs(z) > OUTLYING_Z for z in of[NORM_Z]),
+        }
+        for site, of in sorted(measured.items())
+    ]
 
 
 def drops(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -170,7 +170,7 @@ def _follow(
         known = seen
         request = operator_pb2.GetJobRequest(job=job, last_rounds=MOST_ROUNDS)
         state: GetJobResponse = client.ask("GetJob", request)
-        metrics = _metrics(state, rows=read_json(out / READY)["rows"])
+        metrics = with_earlier(metrics_of(state, rows=read_json(out / READY)["rows"]), read_json(out / METRICS))
         write_json(out / METRICS, metrics)
         for entry in metrics["rounds"][said_rounds:]:
             say(f"round {entry['number']} of {state.job.rounds}: training loss {entry['train_loss']:.4f}")
@@ -196,7 +196,7 @@ def _glance(client: OperatorClient, *, job: str) -> Any:
     return state.job.state, state.job.head_version, len(state.evaluations), sentence
 
 
-def _metrics(state: GetJobResponse, *, rows: dict[str, int]) -> dict[str, Any]:
+def metrics_of(state: GetJobResponse, *, rows: dict[str, int]) -> dict[str, Any]:
     """What a round is worth knowing of, committed rounds only; sizes in bytes, times in seconds."""
     shown = facts(state)
     spec = jobspec.from_json(state.spec_json)
@@ -214,6 +214,23 @@ def _metrics(state: GetJobResponse, *, rows: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def with_earlier(metrics: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """`metrics` with what only an earlier answer told: the coordinator tells of the latest rounds alone."""
+    if earlier is None:
+        return metrics
+    rounds = {entry["number"]: entry for entry in (*earlier["rounds"], *metrics["rounds"])}
+    evaluations = {
+        (entry["version"], entry["site"], entry["split"]): entry
+        for entry in (*earlier["evaluations"], *metrics["evaluations"])
+    }
+    return {
+        **metrics,
+        "initial": metrics["initial"] or earlier["initial"],
+        "rounds": [rounds[number] for number in sorted(rounds)],
+        "evaluations": [evaluations[key] for key in sorted(evaluations)],
+    }
+
+
 def _round(entry: dict[str, Any], *, spec: JobSpec) -> dict[str, Any]:
     counted = [update for update in entry["updates"] if update["fate"] == "ACCEPTED"]
     examples = sum(update["examples"] for update in counted)
@@ -227,5 +244,7 @@ def _round(entry: dict[str, Any], *, spec: JobSpec) -> dict[str, Any]:
         "bytes_down": entry["bytes_down"],
         # What the aggregation measured of itself.
         "metrics": entry["metrics"],
+        # Why it was committed without its distillation; else empty.
+        "undistilled": entry["undistilled"],
         "updates": counted,
     }

@@ -25,7 +25,7 @@ from sqlalchemy import create_engine
 from deploy.local import LocalFederation, Node, free_ports
 from tests.chaos.evidence import Injected
 from tests.chaos.proxy import Network
-from tests.chaos.scenario import COORDINATOR, SITE_IN_NAMESPACE, SITES, Fault, When
+from tests.chaos.scenario import COORDINATOR, HOUSE, SITE_IN_NAMESPACE, SITES, Fault, When
 from tests.chaos.storing import Engine
 
 SITE_TOML = """\
@@ -33,7 +33,7 @@ SITE_TOML = """\
 address = "{http}"
 
 [policy]
-tasks = ["synthetic"]
+tasks = ["synthetic", "distill"]
 methods = ["full"]
 """
 LEASE_SECONDS = 2
@@ -62,6 +62,8 @@ class Arena:
     directory: Path
     storage: Engine
     sites: tuple[str, ...] = SITES
+    # Whether there is a house agent; without one the first site makes version 0.
+    has_house: bool = True
     # Root's means: namespaces, small disks. A test may do without.
     as_root: bool = True
     missing: dict[str, str] = field(default_factory=dict)
@@ -123,19 +125,19 @@ class Arena:
         addresses += [self.federation.add_replica(name) for name in self.replicas[1:]]
         self.network = self._stack.enter_context(Network())
         # The operator's own way in, so that with replicas he too reaches one that lives.
-        ports = free_ports(len(self.sites) + 1)
+        ports = free_ports(len(self.agents) + 1)
         self.operator_address = self.network.add("operator", port=ports.pop(), upstreams=lambda: addresses).address
         self.federation.start_coordinator()
-        for site in self.sites:
+        for site in self.agents:
             host = namespace_host if site == SITE_IN_NAMESPACE and namespace_host else "127.0.0.1"
             link = self.network.add(site, port=ports.pop(), upstreams=lambda: addresses, host=host)
             if not self.missing.get("disk"):
                 self._mount(self.federation.home(site), megabytes=AGENT_DISK_MB)
-            self.federation.enroll(site, site_toml=SITE_TOML, coordinator=link.address)
+            self.federation.enroll(site, site_toml=SITE_TOML, coordinator=link.address, house=site == HOUSE)
         self.signal(COORDINATOR, signal.SIGKILL)
         self.node(COORDINATOR).process.wait()
         self.federation.environment = self.storage.environment
-        for name in (*self.replicas, *self.sites):
+        for name in (*self.replicas, *self.agents):
             self.start(name)
         self.settle()
 
@@ -202,6 +204,10 @@ class Arena:
 
     def node(self, name: str) -> Node:
         return self.federation.nodes[name]
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        return (*self.sites, *((HOUSE,) if self.has_house else ()))
 
     @property
     def replicas(self) -> tuple[str, ...]:
@@ -291,7 +297,7 @@ class Arena:
     def settle(self, *, seconds: float = 120.0) -> None:
         """Returns when every node is ready and every agent connected: a job that begins now misses nobody."""
         deadline = time.monotonic() + seconds
-        while not (self.ready() and all(self.network.links[site].connections for site in self.sites)):
+        while not (self.ready() and all(self.network.links[site].connections for site in self.agents)):
             self.watch()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the federation did not come back within {seconds:g} s\n{self.tails()}")

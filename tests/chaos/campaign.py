@@ -20,12 +20,17 @@ SEEDS_A_FEDERATION = 25
 
 @contextlib.contextmanager
 def open_runner(
-    directory: Path, *, engine: str = "sqlite", sites: Sequence[str] = SITES, as_root: bool = True
+    directory: Path,
+    *,
+    engine: str = "sqlite",
+    sites: Sequence[str] = SITES,
+    as_root: bool = True,
+    has_house: bool = True,
 ) -> Iterator[Runner]:
     """A fresh federation with everything that scenarios of this engine need."""
     with (
         open_engine(engine, directory) as storage,
-        Arena(directory, storage, sites=tuple(sites), as_root=as_root) as arena,
+        Arena(directory, storage, sites=tuple(sites), has_house=has_house, as_root=as_root) as arena,
         Operator(arena) as operator,
     ):
         yield Runner(arena, operator)

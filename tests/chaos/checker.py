@@ -48,7 +48,9 @@ Found = Iterator[Violation]
 def check(evidence: Evidence, made: Mapping[int, Made]) -> list[Violation]:
     """Everything that is wrong. `made`: the versions as they must be, from recompute.py."""
     found: list[Violation] = []
-    for rule in (acknowledged_is_stored, counted_once, never_goes_back, trained_once, ended_for_a_reason):
+    for rule in (
+        acknowledged_is_stored, counted_once, distilled, never_goes_back, trained_once, ended_for_a_reason,
+    ):  # fmt: skip
         found.extend(rule(evidence))
     for judge in (made_of_its_contributors, as_undisturbed):
         found.extend(judge(evidence, made))
@@ -110,6 +112,17 @@ def counted_once(evidence: Evidence) -> Found:
                 yield Violation(DIGEST, f"version {version.number} was made of another update of {site}")
 
 
+def distilled(evidence: Evidence) -> Found:
+    """What was distilled and acknowledged is the version, and no round goes without where everyone is waited for."""
+    digests = {version.number: version.digest for version in evidence.versions}
+    for fact in evidence.of_agents("acknowledged", task="distill"):
+        if fact["fate"] == "accepted" and digests.get(fact["round"]) != fact["digest"]:
+            yield Violation(LOST, f"the distillation of round {fact['round']}, which was acknowledged, is no version")
+    for number, why in evidence.undistilled.items():
+        if evidence.scenario.patient or not evidence.scenario.distills:
+            yield Violation(LOST, f"round {number} was not distilled: {why}")
+
+
 def never_goes_back(evidence: Evidence) -> Found:
     """What the operator saw only ever went on, and versions have no gaps."""
     seen_head, seen_round, ended = -1, 0, ""
@@ -141,7 +154,7 @@ def trained_once(evidence: Evidence) -> Found:
     attempts = {round_.number: round_.attempt for round_ in evidence.rounds}
     begun: Counter[tuple[int, str]] = Counter()
     sealed: set[tuple[int, str]] = set()
-    for fact in evidence.of_agents("begun", "sealed"):
+    for fact in (*evidence.of_agents("begun", "sealed"), *evidence.of_agents("begun", "sealed", task="distill")):
         key = (fact["round"], fact.actor)
         if fact.kind == "sealed":
             sealed.add(key)

@@ -90,7 +90,7 @@ def main() -> int:
     report = Report("sqlite, crashes at syncs")
     directory = Path(tempfile.mkdtemp(prefix="silotune-crash-"))
     try:
-        with campaign.open_runner(directory, sites=SITES, as_root=False) as runner:
+        with campaign.open_runner(directory, sites=SITES, as_root=False, has_house=False) as runner:
             for name in (options.only,) if options.only else (COORDINATOR, SITES[0]):
                 crash(runner, name, syncs=range(1, MOST_SYNCS), report=report, say=print)
     finally:

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, select
 
 from coordinator.storage import schema
 from tests.chaos.history import Fact
-from tests.chaos.scenario import Fault, Scenario
+from tests.chaos.scenario import HOUSE, Fault, Scenario
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Round:
     attempt: int
     phase: str
     cohort: tuple[str, ...] = ()
+    # Why it was committed without its distillation.
+    undistilled: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,16 @@ class Evidence:
     troubles: tuple[str, ...] = ()
     events: tuple[str, ...] = field(default=())
 
+    @property
+    def undistilled(self) -> dict[int, str]:
+        """The rounds that were committed without their distillation, and why."""
+        return {round_.number: round_.undistilled for round_ in self.rounds if round_.undistilled}
+
     def of_agents(self, *kinds: str, task: str = "train") -> list[Fact]:
         return [
             fact
             for fact in self.facts
-            if fact.actor in self.scenario.sites
+            if fact.actor in (*self.scenario.sites, HOUSE)
             and fact.kind in kinds
             and fact["job"] == self.job
             and fact["task"] == task
@@ -129,7 +136,9 @@ def read_store(engine: Engine, job: str, *, stored_digest: Callable[[str], str])
         "state": row.state,
         "sentence": row.sentence,
         "head": row.head_version,
-        "rounds": tuple(Round(r.number, r.attempt, r.phase, tuple(r.cohort)) for r in found[schema.rounds]),
+        "rounds": tuple(
+            Round(r.number, r.attempt, r.phase, tuple(r.cohort), r.undistilled) for r in found[schema.rounds]
+        ),
         "tasks": tuple(
             Task(r.round, r.kind, r.site, r.state, r.generation, r.failures, r.reason) for r in found[schema.tasks]
         ),

@@ -8,7 +8,7 @@ else than its record says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,17 @@ from protos.digests import new_hasher
 from protos.jobspec import FedAdam, FedAvgM, FedYogi, JobSpec, task_seed
 from protos.tensors import make_header
 from tests.chaos.evidence import Version
+from tests.chaos.scenario import HOUSE
 
 Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Made:
-    """A version as it must be: its digest, that of each contributor's update, how many examples each site reports."""
+    """A version as it must be: its digest, that of each contributor's update, how many examples each site reports.
+
+    A distillation is a training like any other: of the aggregate, by the house agent.
+    """
 
     digest: str
     updates: dict[str, str]
@@ -38,8 +42,10 @@ class Made:
     off_by: float = 0.0
 
 
-def recompute(recipe: dict[str, Any], versions: Sequence[Version], *, scratch: Path) -> dict[int, Made]:
-    """What each version must be, by number, given who contributed with what weight."""
+def recompute(
+    recipe: dict[str, Any], versions: Sequence[Version], *, scratch: Path, undistilled: Collection[int] = ()
+) -> dict[int, Made]:
+    """What each version must be, by number, given who contributed with what weight, and which were not distilled."""
     spec = jobspec.parse(recipe)
     made: dict[int, Made] = {}
     head, state, state_digest = scratch / "version-0", None, ""
@@ -69,7 +75,15 @@ def recompute(recipe: dict[str, Any], versions: Sequence[Version], *, scratch: P
         )
         mean = sum(_values(part.path) * part.weight for part in inputs)
         off_by = reference.step(np.asarray(mean), _values(output))
-        made[version.number] = Made(combined.digest, {part.site: part.digest for part in inputs}, examples, off_by)
+        digest = combined.digest
+        if spec.is_distilled(version.number) and version.number not in undistilled:
+            aggregate, output = output, scratch / f"distilled-{version.number}"
+            seed = task_seed(spec.seed, round_number=version.number, site=HOUSE)
+            _write_update(spec, aggregate, output, seed=seed)
+            aggregate.unlink()
+            digest = _digest(output)
+            reference.go_on_from(_values(output))
+        made[version.number] = Made(digest, {part.site: part.digest for part in inputs}, examples, off_by)
         head.unlink()
         head = output
         if combined.optimizer_digest:
@@ -86,6 +100,9 @@ class _Reference:
         self._first = np.zeros_like(first)
         tau = getattr(self._optimizer, "tau", 0.0)
         self._second = np.full_like(first, tau**2)
+
+    def go_on_from(self, head: Values) -> None:
+        self._head = head
 
     def step(self, mean: Values, found: Values) -> float:
         """How far the file is from what it must hold; goes on from the file."""

@@ -30,7 +30,7 @@ from tests.chaos.evidence import Evidence, Injected, read_store
 from tests.chaos.history import AgentLog, History
 from tests.chaos.operating import Operator
 from tests.chaos.recompute import recompute
-from tests.chaos.scenario import Fault, Scenario
+from tests.chaos.scenario import HOUSE, Fault, Scenario
 from tests.chaos.storing import damage, stored_digest
 
 LOOK_SECONDS = 0.02
@@ -75,7 +75,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._engine = self.arena.rows
-        self._logs = [AgentLog(site, self.arena.node(site).log) for site in self.arena.sites]
+        self._logs = [AgentLog(site, self.arena.node(site).log) for site in self.arena.agents]
 
     def run(self, scenario: Scenario, *, token: str) -> Outcome:
         directory = self.arena.directory / "histories"
@@ -104,7 +104,10 @@ class Runner:
         self.arena.unexplained.clear()
         self.arena.excused_ends.clear()
         with tempfile.TemporaryDirectory() as scratch:
-            violations = check(evidence, recompute(scenario.recipe, evidence.versions, scratch=Path(scratch)))
+            made = recompute(
+                scenario.recipe, evidence.versions, scratch=Path(scratch), undistilled=evidence.undistilled
+            )
+            violations = check(evidence, made)
         return Outcome(
             scenario=scenario,
             violations=violations,
@@ -259,15 +262,17 @@ class _Run:
             case "accepted":
                 return when.site in view.accepted
             case "training":
-                return self._is_training(when.site)
+                return self._is_at_it(when.site, "train")
+            case "distilling":
+                return self._is_at_it(HOUSE, "distill")
             case "downloading":
                 return self._share(when.site, "down") >= when.share
             case "uploading":
                 return self._share(when.site, "up") >= when.share
         raise NotImplementedError(when.moment)
 
-    def _is_training(self, site: str) -> bool:
-        work = self._arena.federation.home(site) / "tasks" / f"{self._operator.job}-{self._view.round}-train"
+    def _is_at_it(self, site: str, kind: str) -> bool:
+        work = self._arena.federation.home(site) / "tasks" / f"{self._operator.job}-{self._view.round}-{kind}"
         return (work / SPEC).exists() and not (work / RESULT).exists()
 
     def _share(self, site: str, direction: str) -> float:

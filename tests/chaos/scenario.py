@@ -15,6 +15,8 @@ SITES = ("alfa", "bravo", "charlie", "delta")
 # The site whose agent lives in a network namespace of its own, where the machine has them.
 SITE_IN_NAMESPACE = "delta"
 ENGINES = ("sqlite", "postgres")
+# The house agent: it makes version 0, and distils.
+HOUSE = "hq"
 COORDINATOR = "coordinator"
 REPLICAS = (COORDINATOR, "coordinator-2", "coordinator-3")
 
@@ -68,6 +70,13 @@ KINDS = (
     Kind("s3 away", 8, "s3", (0.5, 4.0), ANY, ("postgres",)),
 )  # fmt: skip
 BY_NAME = {kind.name: kind for kind in KINDS}
+# What is done while a round is distilled, to the house agent or to a coordinator.
+IN_DISTILLING = (
+    "kill coordinator", "restart coordinator", "stop coordinator", "kill agent", "restart agent", "stop agent",
+    "kill trainer", "stop trainer", "kill agent and trainer", "cut", "cut towards coordinator", "cut towards agent",
+    "reset",
+)  # fmt: skip
+DISTILLED_SHARE = 0.25
 # Each of these may cost a task one of its few attempts, or a site its standing: not twice at one site.
 COUNTS_AS_FAILURE = ("kill trainer", "kill agent and trainer", "full disk of agent", "damage update")
 KILLS = ("kill coordinator", "kill agent", "kill trainer", "kill agent and trainer", "kill aggregation")
@@ -127,6 +136,8 @@ class Scenario:
     optimizer: dict[str, Any]
     evaluate: bool
     faults: tuple[Fault, ...]
+    # Each round is distilled by the house agent.
+    distills: bool = False
 
     @property
     def whole_cohort(self) -> bool:
@@ -137,9 +148,17 @@ class Scenario:
         return any(fault.kind == "revoke site" for fault in self.faults)
 
     @property
+    def patient(self) -> bool:
+        """Nobody is done without."""
+        return self.whole_cohort and not self.revokes
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """The job, as a recipe's tables."""
-        patient = self.whole_cohort and not self.revokes
+        patient = self.patient
+        # Without labels it gets all updates of the round, and sees that the aggregate is their mean.
+        labels = self.optimizer["type"] != "none"
+        distillation = {"distillation": {"labels": labels, "deadline_seconds": 600.0}} if self.distills else {}
         local: dict[str, Any] = {"steps": self.steps}
         if self.checkpoint_seconds is not None:
             local["checkpoint_seconds"] = self.checkpoint_seconds
@@ -159,13 +178,14 @@ class Scenario:
             },
             "aggregation": {"server_optimizer": self.optimizer},
             "evaluation": {"where": ["sites"] if self.evaluate else [], "deadline_seconds": 5.0},
+            **distillation,
         }
 
     def __str__(self) -> str:
         text = f"{len(self.sites)} sites, {self.rounds} rounds, {self.payload_mb:.1f} MB, quorum {self.quorum}"
         if self.optimizer["type"] != "none":
             text += f", {self.optimizer['type']}"
-        return text
+        return f"{text}, distilled" if self.distills else text
 
 
 def generate(seed: int, *, engine: str = "sqlite", undisturbed: bool = False) -> Scenario:
@@ -178,7 +198,7 @@ def generate(seed: int, *, engine: str = "sqlite", undisturbed: bool = False) ->
     revokes = any(fault.kind == "revoke site" for fault in faults)
     whole = draw.random() < (0.3 if revokes else 0.7)
     patient = whole and not revokes
-    return Scenario(
+    found = Scenario(
         seed=seed,
         engine=engine,
         sites=sites,
@@ -193,8 +213,12 @@ def generate(seed: int, *, engine: str = "sqlite", undisturbed: bool = False) ->
         checkpoint_seconds=draw.choice((None, None, 0.05, 0.2)),
         optimizer=draw.choice(OPTIMIZERS) if draw.random() < 0.25 else {"type": "none"},
         evaluate=draw.random() < 0.3,
-        faults=() if undisturbed else faults,
+        faults=faults,
+        distills=draw.random() < DISTILLED_SHARE,
     )
+    if found.distills:
+        found = replace(found, faults=faults + _in_distilling(draw, engine=engine, rounds=rounds))
+    return replace(found, faults=()) if undisturbed else found
 
 
 def storm(seed: int, *, engine: str = "sqlite", undisturbed: bool = False) -> Scenario:
@@ -241,6 +265,17 @@ def _faults(draw: random.Random, *, engine: str, sites: tuple[str, ...], rounds:
             continue
         faults.append(_fault(draw, kind, site=site, engine=engine, rounds=rounds))
     return tuple(sorted(faults, key=lambda fault: fault.when.round))
+
+
+def _in_distilling(draw: random.Random, *, engine: str, rounds: int) -> tuple[Fault, ...]:
+    faults: list[Fault] = []
+    kinds = [BY_NAME[name] for name in IN_DISTILLING]
+    for kind in draw.choices(kinds, [kind.weight for kind in kinds], k=draw.choice((1, 2))):
+        if kind.name in COUNTS_AS_FAILURE and any(fault.kind in COUNTS_AS_FAILURE for fault in faults):
+            continue
+        fault = _fault(draw, kind, site=HOUSE, engine=engine, rounds=rounds)
+        faults.append(replace(fault, when=When(fault.when.round, "distilling")))
+    return tuple(faults)
 
 
 def _fault(draw: random.Random, kind: Kind, *, site: str, engine: str, rounds: int) -> Fault:

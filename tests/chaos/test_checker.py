@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from client_agent import synthetic
-from client_agent.taskdir import UPDATE, TaskSpec
-from protos import jobspec
-from protos.digests import digest_of
-from protos.jobspec import task_seed
 from tests.chaos import checker
 from tests.chaos.checker import BACK, DIGEST, HANGING, LOST, REPEATED, TWICE, check
 from tests.chaos.evidence import Evidence, Injected, Part, Round, Task, Update, Version
 from tests.chaos.history import Fact
 from tests.chaos.recompute import Made, recompute
-from tests.chaos.scenario import OPTIMIZERS, Fault, When, generate
+from tests.chaos.scenario import HOUSE, Fault, When, generate
 
 SITES = ("alfa", "bravo")
 CALM = replace(
@@ -28,6 +22,7 @@ CALM = replace(
     quorum=2,
     optimizer={"type": "none"},
     evaluate=False,
+    distills=False,
 )
 
 
@@ -142,6 +137,34 @@ def test_an_acknowledged_update_may_be_rejected_only_where_a_fault_damaged_it(so
     assert not list(checker.acknowledged_is_stored(replace(rejected, injected=(damage,))))
     in_another_round = replace(damage, round=2)
     assert list(checker.acknowledged_is_stored(replace(rejected, injected=(in_another_round,))))
+
+
+def test_a_round_that_everyone_is_waited_for_is_distilled_or_that_is_found(sound: Sound) -> None:
+    evidence, made = sound
+    without = (*evidence.rounds[:-1], replace(evidence.rounds[-1], undistilled="hq failed: a defect"))
+    distilling = replace(evidence, scenario=replace(CALM, distills=True))
+    assert not list(checker.distilled(distilling))
+    assert [found.rule for found in checker.distilled(replace(distilling, rounds=without))] == [LOST]
+    hurried = replace(distilling.scenario, quorum=1)
+    assert not list(checker.distilled(replace(distilling, rounds=without, scenario=hurried)))
+    assert LOST in rules(replace(evidence, rounds=without), made), "nobody asked for a distillation"
+
+
+def test_a_distillation_that_was_acknowledged_and_is_not_the_version_is_lost(sound: Sound) -> None:
+    evidence, _ = sound
+    about = {"job": "job", "task": "distill", "round": 1, "fate": "accepted", "digest": evidence.versions[1].digest}
+    told = replace(evidence, facts=(*evidence.facts, Fact(HOUSE, "acknowledged", about=about)))
+    assert not list(checker.distilled(told))
+    other = Fact(HOUSE, "acknowledged", about={**about, "digest": "0" * 64})
+    assert [found.rule for found in checker.distilled(replace(told, facts=(other,)))] == [LOST]
+
+
+def test_a_finished_distillation_that_is_done_again_is_found(sound: Sound) -> None:
+    evidence, made = sound
+    about = {"job": "job", "task": "distill", "round": 1, "resumed_step": 0}
+    begun, sealed = (Fact(HOUSE, kind, about=about) for kind in ("begun", "sealed"))
+    assert not rules(replace(evidence, facts=(*evidence.facts, begun, sealed)), made)
+    assert rules(replace(evidence, facts=(*evidence.facts, begun, sealed, begun)), made) == {REPEATED}
 
 
 def test_an_accepted_update_that_no_version_counts_is_lost(sound: Sound) -> None:
@@ -348,37 +371,3 @@ def test_an_order_of_the_operator_that_was_refused_is_found(sound: Sound) -> Non
         reason = f"Job job is {state}: it cannot be told to pause."
         late = Fact("operator", "refused", about={"order": "pause job", "reason": reason})
         assert rules(replace(evidence, facts=(*evidence.facts, late)), made) == found
-
-
-def test_the_formula_of_the_judge_is_that_of_the_synthetic_trainer(tmp_path: Path, made: dict[int, Made]) -> None:
-    """The judge's own arithmetic and the trainer's agree bit for bit, or it would judge by another rule."""
-
-    class Control:
-        def __getattr__(self, _name: str):  # type: ignore[no-untyped-def]
-            return lambda *_: None
-
-    spec = jobspec.parse({**CALM.recipe, "task": {**CALM.recipe["task"], "train_seconds": 0}})
-    work = {
-        "task_id": "t", "job_id": "j", "spec": spec.model_dump(mode="json"), "split": "", "base_model_path": None,
-        "base_digest": "", "data_set": None, "device": "cpu", "threads": 1,
-    }  # fmt: skip
-    first, second = tmp_path / "init", tmp_path / "train"
-    first.mkdir()
-    second.mkdir()
-    synthetic.init(TaskSpec(round=0, kind="init", seed=1, model_path=None, **work), first, Control())  # type: ignore[arg-type]
-    head = first / UPDATE
-    assert digest_of(head.read_bytes()) == made[0].digest
-    seed = task_seed(spec.seed, round_number=1, site="alfa")
-    task = TaskSpec(round=1, kind="train", seed=seed, model_path=str(head), **work)  # type: ignore[arg-type]
-    result = synthetic.train(task, second, Control())  # type: ignore[arg-type]
-    assert digest_of((second / UPDATE).read_bytes()) == made[1].updates["alfa"]
-    assert result.examples == made[1].examples["alfa"]
-
-
-def test_each_server_optimizer_agrees_with_plain_arithmetic(tmp_path: Path) -> None:
-    for number, optimizer in enumerate(OPTIMIZERS):
-        scratch = tmp_path / str(number)
-        scratch.mkdir()
-        scenario = replace(CALM, optimizer=optimizer)
-        found = recompute(scenario.recipe, versions(weights={}), scratch=scratch)
-        assert all(one.off_by < checker.REFERENCE_TOLERANCE for one in found.values()), optimizer

@@ -8,7 +8,18 @@ from itertools import pairwise
 import pytest
 
 from protos import jobspec
-from tests.chaos.scenario import AT_SITE, ENGINES, KILLS, KINDS, STORM_ROUNDS, generate, storm
+from tests.chaos.scenario import (
+    AT_SITE,
+    COORDINATOR,
+    ENGINES,
+    HOUSE,
+    IN_DISTILLING,
+    KILLS,
+    KINDS,
+    STORM_ROUNDS,
+    generate,
+    storm,
+)
 
 SEEDS = range(400)
 
@@ -33,6 +44,17 @@ def test_every_scenario_is_a_job_that_a_coordinator_takes_with_faults_that_have_
 def test_the_seeds_together_have_every_kind_of_fault(engine: str) -> None:
     drawn = Counter(fault.kind for seed in SEEDS for fault in generate(seed, engine=engine).faults)
     assert set(drawn) == {kind.name for kind in KINDS if engine in kind.engines}
+
+
+def test_a_scenario_that_distils_has_a_fault_in_that_phase_and_no_other_scenario_has() -> None:
+    distilled = [generate(seed) for seed in SEEDS if generate(seed).distills]
+    assert 0.15 < len(distilled) / len(SEEDS) < 0.35
+    for scenario in (generate(seed) for seed in SEEDS):
+        hit = [fault for fault in scenario.faults if fault.when.moment == "distilling"]
+        assert bool(hit) == scenario.distills
+        assert all(fault.target in (HOUSE, COORDINATOR) for fault in hit)
+    drawn = {fault.kind for scenario in distilled for fault in scenario.faults if fault.when.moment == "distilling"}
+    assert drawn == set(IN_DISTILLING)
 
 
 def test_an_undisturbed_scenario_is_the_same_job_without_faults() -> None:

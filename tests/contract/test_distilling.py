@@ -62,6 +62,27 @@ def test_a_distilled_round_commits_what_the_house_agent_made_and_only_that_stays
     assert grant(store, "hq").counted_round == 1, "the teacher goes on from the round that was committed"
 
 
+def test_an_agent_that_comes_late_to_a_distillation_because_it_was_busy_has_not_stood_still(
+    federation: Federation,
+) -> None:
+    store = federation.store
+    federation.begin(
+        rounds=1, distillation={}, evaluation={"where": []}, cohort={"quorum": 2, "stall_limit_seconds": 30}
+    )
+    federation.round(1)
+    store.jobs.tick("j", elapsed_seconds=100)
+    assert "hq has not taken the task yet" in drive(store)
+    first = grant(store, "hq").task
+    assert first.kind is s.TaskKind.DISTILL and first.last_progress_at == 100
+    assert "in 30 s when nothing moves" in drive(store)
+    # One that takes it anew has had it since.
+    store.jobs.tick("j", elapsed_seconds=20)
+    assert grant(store, "hq").task.last_progress_at == 100
+    store.jobs.tick("j", elapsed_seconds=11)
+    drive(store)
+    assert store.views.rounds("j", last=1)[0].undistilled == "hq handed nothing in: nothing moved for 30 s"
+
+
 def test_a_round_that_was_not_distilled_says_why_and_keeps_its_aggregate(federation: Federation) -> None:
     store = federation.store
     federation.begin(rounds=2, distillation={}, evaluation={"where": []})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
+
 from tests.federation.conftest import SITE_TOML, Jobs, start
 
 ROUNDS = 3
@@ -65,6 +67,18 @@ def test_every_round_is_distilled_once_whatever_is_killed_and_never_lost(tmp_pat
             assert [rounds[number]["metrics"]["teacher_loss"] for number in (1, 2, 3)] == [1, 1 / 2, 1 / 3]
             assert not any(found.get("undistilled") for found in rounds.values())
         assert jobs.digest(job, ROUNDS) == jobs.digest(plain, ROUNDS)
+
+        # A trainer that dies alone is a failure of the task, and the agent is given it once more.
+        jobs.hold("hq", 1)
+        alone = jobs.submit(rounds=1, cohort=COHORT, more=DISTILLED)
+        federation.wait_for(lambda: distilled(alone) == [1], seconds=300, saying="distilling round 1")
+        agent = psutil.Process(federation.nodes["hq"].pid)
+        (trainer,) = [child for child in agent.children() if "client_agent.tether" in child.cmdline()]
+        trainer.kill()
+        federation.wait_for(lambda: distilled(alone) == [1, 1], seconds=300, saying="distilling it again")
+        jobs.let_go("hq", 1)
+        _version_0, one = jobs.end(alone)["rounds"]
+        assert (one["metrics"]["teacher_loss"], one["undistilled"]) == (1.0, "")
 
         # An agent whose policy does not name it declines, and no round waits for long.
         (federation.home("hq") / "site.toml").write_text(SITE_TOML.replace("{http}", "127.0.0.1:0"))

@@ -31,10 +31,12 @@ def hub_cache(directory: Path) -> Path:
     return directory
 
 
-def add_from_hub(home: Path, *, cache: Path, revision: str) -> subprocess.CompletedProcess[str]:
+def add_from_hub(
+    home: Path, *, cache: Path, revision: str, repository: str = "org/Tiny-Llama"
+) -> subprocess.CompletedProcess[str]:
     # A process of its own: the library reads its environment once.
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-    command = ["model", "add", "llama", "--hub", "org/Tiny-Llama", "--revision", revision, "--home", str(home)]
+    command = ["model", "add", "llama", "--hub", repository, "--revision", revision, "--home", str(home)]
     return subprocess.run(
         [sys.executable, "-m", "client_agent.cli", *command, "--format", "json"],
         env=environment, capture_output=True, text=True, check=False, cwd=Path(cli.__file__).parents[1],
@@ -51,6 +53,12 @@ def test_a_model_of_the_hub_is_found_in_its_cache_and_its_commit_is_remembered(t
     # It is the model: a trainer loads it from where it lies.
     loaded = LlamaForCausalLM.from_pretrained(added["directory"], local_files_only=True)
     assert loaded.num_parameters() == added["parameters"]
+
+
+def test_a_name_that_no_repository_can_have_is_a_sentence(tmp_path: Path) -> None:
+    ended = add_from_hub(tmp_path / "home", cache=tmp_path, revision="main", repository="org/Tiny Llama")
+    assert ended.returncode == 3
+    assert json.loads(ended.stdout)["data"]["message"] == "'org/Tiny Llama' is not the id of a hub repository."
 
 
 def test_a_revision_that_no_cache_holds_is_not_replaced_by_another_one(tmp_path: Path) -> None:

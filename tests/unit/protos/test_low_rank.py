@@ -93,6 +93,18 @@ def test_what_is_not_finite_or_absurdly_large_is_refused_by_name(bad: float) -> 
         cut(matrix, energy=0.95, name="w")
 
 
+def test_a_decomposition_that_does_not_converge_is_a_sentence_that_names_the_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    # No finite matrix is known on which the library gives up.
+    monkeypatch.setattr(np.linalg, "svd", never)
+    with pytest.raises(UpdateRejected, match=r"Tensor 'w' could not be cut .*: SVD did not converge"):
+        cut(falling(30, 20), energy=0.95, name="w")
+
+
 def test_a_file_is_as_small_as_its_factors_repeats_bit_for_bit_and_rebuilds_the_version(tmp_path: Path) -> None:
     noise = np.random.default_rng(1).standard_normal
     new = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +196,34 @@ def site(tmp_path: Path, base_model: Callable[[str], Path]) -> Site:
     rows = [{"text": text, "label": label} for label in LABELS for text in make_texts(label, rows=14)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Site(tmp_path, base_model("bert"), DataSet(path=str(path), validation=0.3, test=str(path)))
+
+
+def texts_of(label: str, *, rows: int, start: int = 0) -> list[str]:
+    """Texts of three words, of which two tell the label; 99 different ones."""
+    words = WORDS[label].split()
+    return [f"{words[row % 3]} {FILLER[row % 11]} {words[row // 3 % 3]}" for row in range(start, start + rows)]
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def encoder(base_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that learns in a few dozen steps: its random weights are large enough for words to reach the head."""
+    path = tmp_path_factory.mktemp("encoder")
+    for file in base_model("bert").iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    fields = json.loads((path / "config.json").read_text())
+    torch.manual_seed(0)
+    AutoModel.from_config(BertConfig(**{**fields, "initializer_range": 0.2})).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def house(site: Site, encoder: Path) -> Site:
+    """With 84 labelled rows, about a third of them for validation."""
+    rows = [{"text": text, "label": label} for label in LABELS for text in texts_of(label, rows=28)]
+    path = write_rows(site.directory / "house.jsonl", rows)
+    return replace(site, base_model=encoder, data_set=DataSet(path=str(path), validation=0.33))

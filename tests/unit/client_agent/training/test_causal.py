@@ -146,10 +146,9 @@ def test_a_compiled_model_keeps_its_names(teaching_site: Site) -> None:
     assert layers == ["model.layers.0", "model.layers.1"]
 
 
-def test_a_site_that_cannot_compile_says_so(teaching_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    with pytest.raises(InvalidInput, match="cannot be compiled at this site") as caught:
+def test_a_site_that_cannot_compile_says_so(teaching_site: Site) -> None:
+    nowhere = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+    with nowhere, pytest.raises(InvalidInput, match="cannot be compiled at this site") as caught:
         trained(teaching_site, method="lora", compile=True)
     assert "compile = false" in caught.value.hint
 

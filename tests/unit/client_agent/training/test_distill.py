@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BertConfig
 
 from client_agent.settings import DataSet
 from client_agent.taskdir import UPDATE, Paused, TaskResult, TaskSpec
@@ -21,43 +20,12 @@ from client_agent.training.tasks import Work
 from client_agent.training.warm import Warm
 from protos.errors import InvalidInput, SiteConfigInvalid
 from protos.metrics import METRICS, STAGE_SECONDS, check_numbers
-from tests.unit.client_agent.training.conftest import FILLER, LABELS, WORDS, Site
+from tests.unit.client_agent.training.conftest import LABELS, Site, texts_of, write_rows
 
 LORA = {"type": "lora", "rank": 4, "alpha": 16, "targets": ["query", "value"]}
 # One layer learns from three.
 STUDENT = {"name": "tiny-encoder", "layers": 1}
 LEARNING = {"batch_size": 14, "epochs": 5, "teacher_epochs": 5, "learning_rate": 1e-2, "teacher_learning_rate": 5e-3}
-
-
-def texts_of(label: str, *, rows: int, start: int = 0) -> list[str]:
-    """Texts of three words, of which two tell the label; 99 different ones."""
-    words = WORDS[label].split()
-    return [f"{words[row % 3]} {FILLER[row % 11]} {words[row // 3 % 3]}" for row in range(start, start + rows)]
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def encoder(base_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that learns in a few dozen steps: its random weights are large enough for words to reach the head."""
-    path = tmp_path_factory.mktemp("encoder")
-    for file in base_model("bert").iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
-    fields = json.loads((path / "config.json").read_text())
-    torch.manual_seed(0)
-    AutoModel.from_config(BertConfig(**{**fields, "initializer_range": 0.2})).save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def house(site: Site, encoder: Path) -> Site:
-    """With 84 labelled rows, about a third of them for validation."""
-    rows = [{"text": text, "label": label} for label in LABELS for text in texts_of(label, rows=28)]
-    path = write_rows(site.directory / "house.jsonl", rows)
-    return replace(site, base_model=encoder, data_set=DataSet(path=str(path), validation=0.33))
 
 
 def recipe_of(house: Site, *, method: dict[str, Any] | None = None, **distillation: Any) -> dict[str, Any]:
@@ -182,6 +150,49 @@ def test_the_same_distillation_gives_the_same_bytes_warm_cold_and_repeated(house
     anew, _ = distill(house, recipe, model=first, name="anew", round=2, counted_round=0, seed=6)
     assert anew.read_bytes() == other.read_bytes() != second.read_bytes()
     assert teacher_files(house).keys() == {"teacher-2.safetensors"}
+
+
+def without_dropout(house: Site) -> Site:
+    """What a compiled model draws for dropout is something else."""
+    path = house.directory / "no-dropout"
+    shutil.copytree(house.base_model, path)
+    fields = json.loads((path / "config.json").read_text())
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (path / "config.json").write_text(json.dumps({**fields, **none}))
+    return replace(house, base_model=path)
+
+
+def test_a_compiled_student_learns_what_a_plain_one_learns(house: Site) -> None:
+    """Its attention is switched while it is compiled; the programs are those of torch, but no C++ is made of them."""
+    torch.compiler.set_default_backend("aot_eager")
+    made = []
+    try:
+        calm = without_dropout(house)
+        for compiles in (False, True):
+            own = replace(calm, warm=Warm())
+            recipe = recipe_of(house, epochs=1, teacher_epochs=0)
+            recipe["local"]["compile"] = compiles
+            state = str(house.directory / f"state-{compiles}")
+            aggregate = version_0(own, recipe)
+            made.append(load_file(distill(own, recipe, model=aggregate, state_directory=state)[0]))
+            (student,) = own.warm.models.values()
+            assert any(layer._compiled_call_impl for layer in student.network.modules()) == compiles
+    finally:
+        torch.compiler.set_default_backend("inductor")
+        torch.compiler.reset()
+    for name, plain in made[0].items():
+        if name.endswith("key.bias"):
+            continue  # Its gradient is nothing but rounding: softmax takes no notice of it.
+        torch.testing.assert_close(made[1][name], plain, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_house_agent_that_cannot_compile_says_so(house: Site) -> None:
+    recipe = recipe_of(house)
+    recipe["local"]["compile"] = True
+    nowhere = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+    with nowhere, pytest.raises(InvalidInput, match="cannot be compiled at this site") as caught:
+        distill(house, recipe, model=version_0(house, recipe))
+    assert "compile = false" in caught.value.hint
 
 
 def test_each_key_of_the_recipe_changes_what_is_learnt(house: Site) -> None:

@@ -132,6 +132,22 @@ def test_a_damaged_base_version_or_state_makes_no_new_version(tmp_path: Path) ->
         (tmp_path / name).write_bytes(good)
 
 
+def test_a_damaged_update_leaves_no_file_open(tmp_path: Path) -> None:
+    """The worker lives as long as the coordinator."""
+    parts = inputs(tmp_path, [random_model(1), random_model(2)], [0.5, 0.5])
+    before = {"previous": tmp_path / "v0", "previous_digest": write(tmp_path / "v0", random_model(0))}
+    adam = FedAdam(type="fedadam")
+    made = combine(parts, output=tmp_path / "out", **before, optimizer=adam, state_output=tmp_path / "state")
+    parts[1].path.write_bytes(parts[0].path.read_bytes())
+    with pytest.raises(CorruptUpdate):
+        combine(
+            parts, output=tmp_path / "next", **before, optimizer=adam, state=tmp_path / "state",
+            state_digest=made.optimizer_digest, state_output=tmp_path / "next-state",
+        )  # fmt: skip
+    open_files = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in open_files if path.is_relative_to(tmp_path)]
+
+
 def test_the_worker_process_answers_with_digest_and_size_or_with_the_damaged_site(tmp_path: Path) -> None:
     parts = inputs(tmp_path, [random_model(1), random_model(2)], [0.5, 0.5])
     order = {

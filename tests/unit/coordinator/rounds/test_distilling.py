@@ -114,6 +114,17 @@ def test_an_agent_that_evaluates_before_it_distils_does_not_stand_still() -> Non
     assert of(step(job(RECIPE), facts, 50.5), s.Commit)
 
 
+def test_an_agent_that_is_there_and_busy_with_another_job_is_waited_for_until_the_deadline() -> None:
+    """Of the other job's task this one knows nothing; its own evaluation waits for the same agent."""
+    measures = s.Task("j.0.evaluate.hq.validation", "j", 0, s.TaskKind.EVALUATE, "hq", 0, "validation")
+    facts = distilling(distil(s.TaskState.QUEUED), measures)
+    done = step(job(RECIPE), facts, 59.0)
+    assert not done.effects
+    assert done.sentence.endswith("hq has not taken the task yet, offered 59 s ago; committed without it in 1 s")
+    (commit,) = of(step(job(RECIPE), facts, 60.5), s.Commit)
+    assert commit.undistilled == "hq handed nothing in: the deadline passed"
+
+
 def test_a_house_agent_that_is_revoked_does_not_hold_up_the_round() -> None:
     facts = distilling(distil(s.TaskState.RUNNING), house=None)
     (end,) = of(step(job(RECIPE), facts, 1.0), s.EndTask)

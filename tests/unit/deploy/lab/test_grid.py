@@ -47,14 +47,23 @@ def directory(tmp_path: Path) -> Path:
 
 def test_a_grid_has_a_cell_for_each_combination_and_whole_seeds_come_first(directory: Path) -> None:
     found = cells(directory)
-    assert len(found) == len({cell.name for cell in found}) == 12
-    assert [cell.axes["seed"] for cell in found] == [1] * 6 + [2] * 6
+    assert len(found) == len({cell.name for cell in found}) == 10
+    assert [cell.axes["seed"] for cell in found] == [1] * 5 + [2] * 5
     first = found[0]
     assert (first.name, dict(first.axes)) == ("sites-1,plain,seed-1", {"seed": 1, "sites": 1, "variant": "plain"})
     by_name = {cell.name: cell.plan for cell in found}
     noisy = by_name["sites-4,noisy,seed-2"]
     assert (noisy.experiment.sites, noisy.spec.rounds, noisy.spec.seed) == (4, 5, 2)
-    assert by_name["sites-4,alone,seed-2"].experiment.sites == 1
+
+
+def test_a_variant_with_sites_of_its_own_is_one_cell_whatever_numbers_the_grid_has(directory: Path) -> None:
+    alone = [cell for cell in cells(directory, Typed(axes={"sites": ["4", "8"]})) if cell.axes["variant"] == "alone"]
+    assert [cell.name for cell in alone] == ["sites-1,alone,seed-1", "sites-1,alone,seed-2"]
+    assert all(cell.axes["sites"] == cell.plan.experiment.sites == 1 for cell in alone)
+    (directory / "lab.toml").write_text(LAB.replace("sites = [1, 4]\n", ""))
+    without_the_axis = [cell for cell in cells(directory) if cell.axes["variant"] == "alone"]
+    assert [cell.name for cell in without_the_axis] == ["alone,seed-1", "alone,seed-2"]
+    assert all(cell.plan.experiment.sites == 1 for cell in without_the_axis)
 
 
 def test_what_is_typed_comes_before_what_is_written(directory: Path) -> None:
@@ -102,8 +111,8 @@ def test_the_same_command_again_and_a_part_of_it_are_no_change(directory: Path, 
     said: list[str] = []
     again = cells(directory, Typed(axes={"seeds": ["2"]}))
     assert run_grid(again, out=tmp_path / "out", jobs=2, part=(2, 2), say=said.append) == []
-    assert said == ["3 cells, 3 of them done."]
-    assert len(read_grid(tmp_path / "out") or []) == 12
+    assert said == ["2 cells, 2 of them done."]
+    assert len(read_grid(tmp_path / "out") or []) == 10
 
 
 def test_a_model_is_not_given_where_the_grid_names_its_models(directory: Path) -> None:

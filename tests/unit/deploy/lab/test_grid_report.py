@@ -45,6 +45,7 @@ def test_a_grid_is_one_page_with_its_figures_its_cells_and_all_of_it_as_json(tmp
     assert "11 of 12 cells are done" in page and "&lt;grid&gt;" in page
     assert "seed-2,sites-16,variant-kd" in page and "not begun" in page
     assert "no difference shown" in page and "not reached" in page
+    assert "test rows are measured once" in page and "test: that round" in page
     with (tmp_path / "out" / "cells.csv").open(newline="") as file:
         cells = {row["cell"]: row for row in csv.DictReader(file)}
     assert len(cells) == 12
@@ -99,3 +100,5 @@ def test_a_grid_that_the_house_agent_did_not_measure_has_a_page_without_figures_
     grid = write_grid(tmp_path / "grid", axes={"seed": [1, 2]}, of=unmeasured)
     page = write_grid_report([grid], out=tmp_path / "out").read_text()
     assert "2 of 2 cells are done" in page and "data:image" not in page
+    # What is not there is not explained.
+    assert "test rows" not in page and "test: that round" not in page

@@ -65,6 +65,26 @@ def test_a_sure_difference_is_called_by_its_side(tmp_path: Path) -> None:
     assert found["last"]["mean"] == pytest.approx(-0.053) and found["last"]["sign_p"] == pytest.approx(2 / 32)
 
 
+def test_one_of_many_questions_is_not_called_a_difference_by_its_own_p(tmp_path: Path) -> None:
+    """Gains of about 0.02 at five seeds, p = 0.017, are one of six pairs: Holm's p is six times that."""
+    gains = {"new": (0.03, 0.01, 0.02, 0.015, 0.035), "other": (0.01, -0.01, 0.0, 0.02, -0.02),
+             "third": (-0.01, 0.02, -0.02, 0.0, 0.01), "plain": (0.0,) * 5}  # fmt: skip
+
+    def of(axes: Mapping[str, Any]) -> dict[str, Any]:
+        end = 0.7 + gains[axes["variant"]][axes["seed"] - 1]
+        return metrics_of([0.5, end], seed=axes["seed"])
+
+    def judged(variants: list[str]) -> dict[str, Any]:
+        folder = tmp_path / str(len(variants))
+        found = comparisons(read([write_grid(folder, axes={"seed": [1, 2, 3, 4, 5], "variant": variants}, of=of)]))
+        (row,) = [row for row in found if (row["figure"], row["first"], row["second"]) == ("last", "plain", "new")]
+        return row
+
+    alone, among = judged(["plain", "new"]), judged(["plain", "new", "other", "third"])
+    assert alone["t_p"] == among["t_p"] < 0.05 and alone["says"] == "better"
+    assert among["holm_p"] > 0.05 and among["says"] == "no difference shown"
+
+
 def test_the_median_of_rounds_counts_a_failure_as_later_than_all(tmp_path: Path) -> None:
     ends = {1: 0.75, 2: 0.6, 3: 0.75}
 

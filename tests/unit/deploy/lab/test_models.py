@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from pydantic import ValidationError
 
 from client_agent.taskdir import write_json
 from deploy.lab.experiment import LabModel, SmallEncoder, absolute
@@ -39,6 +40,33 @@ def test_one_that_the_hub_cache_lacks_is_a_sentence_that_says_how_it_comes_there
     assert str(caught.value) == (
         "The hub cache of this machine does not hold some/other. `hf download some/other` puts it there."
     )
+
+
+def test_a_revision_of_it_is_taken_or_missed(cache: Path, tmp_path: Path) -> None:
+    revisions = []
+    for text in ("{}", '{"hidden": 8}'):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / "config.json").write_text(text)
+        revisions.append(lay_out_as_hub_cache(tmp_path / "model", cache=cache, repository="some/model"))
+    first = found(LabModel(hub="some/model", revision=revisions[0]), made=tmp_path / "made")
+    assert first.name == revisions[0] and (first / "config.json").read_text() == "{}"
+    assert found(LabModel(hub="some/model"), made=tmp_path / "made").name == revisions[1]
+    with pytest.raises(NotFound) as caught:
+        found(LabModel(hub="some/model", revision="v2"), made=tmp_path / "made")
+    assert str(caught.value) == (
+        "The hub cache of this machine does not hold some/model at v2. `hf download some/model --revision v2` puts it "
+        "there."
+    )
+    with pytest.raises(ValidationError, match="revision goes with hub"):
+        LabModel(path="model", revision="v2")
+    # Plans that were written before there were revisions stay the same.
+    assert "revision" not in LabModel(hub="some/model").model_dump(mode="json")
+
+
+@pytest.mark.parametrize("name", ["", "a/b/c", "some model", "-model", "../model"])
+def test_a_name_that_no_repository_can_have_is_a_sentence(cache: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidInput, match=r"is not the id of a hub repository\. For example org/model-name"):
+        found(LabModel(hub=name), made=tmp_path / "made")
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:

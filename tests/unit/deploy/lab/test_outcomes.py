@@ -49,12 +49,14 @@ def test_the_row_of_a_cell_has_its_best_round_its_test_rows_and_what_it_cost(tmp
     def of(axes: Mapping[str, Any]) -> dict[str, Any]:
         accuracies = [0.5, 0.9, 0.8]
         return metrics_of(accuracies, sites=2, seed=7, steps=3, beside={"matthews_correlation": [0.0, 0.8, 0.6]},
-                          of_round={"aggregation_error": 0.25})  # fmt: skip
+                          of_round={"aggregation_error": 0.25, "update_coefficient.a": 0.0,
+                                    "update_coefficient.b": 1.0})  # fmt: skip
 
     grid = write_grid(tmp_path / "g", axes={"variant": ["a"], "seed": [7]}, of=of)
     (row,) = rows_of(grid).values()
     assert (row["first"], row["best"], row["best_round"], row["last"], row["last_round"]) == (0.5, 0.9, 1, 0.8, 2)
     assert row["test"] == pytest.approx(0.89)
+    assert (row["left_out"], row["rounds_undistilled"]) == ("a=2", 0)
     assert (row["matthews_correlation_best"], row["matthews_correlation_last"]) == (0.8, 0.6)
     # Version 0 is in the sums and not in the means.
     assert (row["bytes_up"], row["bytes_up_per_round"]) == (6_000, 2_000)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from client_agent.taskdir import write_json
-from deploy.lab.report import drops, summary, write_report
+from deploy.lab.report import drops, summary, unusual, write_report
 from protos.errors import InvalidInput
 
 
@@ -65,3 +65,31 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 def test_a_run_whose_version_0_is_on_its_way_has_a_row() -> None:
     row = summary({**metrics_of([4.0]), "initial": None, "rounds": [], "evaluations": []})
     assert (row["rounds"], row["first"], row["bytes_up"]) == (0, None, 0)
+
+
+def test_the_page_says_which_sites_a_rule_left_out_and_which_rounds_were_not_distilled(tmp_path: Path) -> None:
+    found = metrics_of([4.0, 3.0, 3.5])
+    for number, entry in enumerate(found["rounds"], start=1):
+        entry["undistilled"] = "house declined: <no teacher>" if number == 2 else ""
+        entry["metrics"] = {
+            "update_norm.a": 1.0, "update_norm.b": 9.0, "update_cosine.a": 0.5, "update_cosine.b": -0.5,
+            "update_norm_z.b": 2.0 * number, "update_coefficient.a": 1.0, "update_coefficient.b": 0.5 * (number - 1),
+        }  # fmt: skip
+    assert unusual(found) == [
+        {"site": "a", "rounds": 2, "left_out": 0, "weight": 1.0, "against": 0, "outlying": 0},
+        {"site": "b", "rounds": 2, "left_out": 1, "weight": 0.25, "against": 2, "outlying": 1},
+    ]
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "metrics.json", found)
+    page = write_report([tmp_path / "run"], out=tmp_path / "run").read_text()
+    assert page.count("not distilled: house declined: &lt;no teacher&gt;") == 1
+    assert "<td>b</td><td>2</td>\n<td>1</td><td>0.250</td>" in page
+
+
+def test_a_rule_that_takes_coordinates_gives_sites_no_weights(tmp_path: Path) -> None:
+    found = metrics_of([4.0, 3.0])
+    found["rounds"][0]["metrics"] = {"update_norm.a": 1.0, "update_cosine.a": 0.5}
+    assert unusual(found)[0]["weight"] is None
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "metrics.json", found)
+    assert "<td>a</td><td>1</td>\n<td></td><td></td>" in write_report([tmp_path / "run"], out=tmp_path).read_text()
