@@ -290,8 +290,7 @@ class Daemon:
         try:
             spec = await stages.approve(grant, on_ask=self._count_hands)
             self._count_hands()
-            async with self._device:
-                return await self._session.patiently(lambda: self._compute(grant, spec))
+            return await self._session.patiently(lambda: self._compute(grant, spec))
         except Refused as refused:
             grant.log.warning("The site declines the task.", reason=str(refused))
             return agent_pb2.Declined(reason=stages.without_paths(str(refused)))
@@ -320,7 +319,9 @@ class Daemon:
         entry = await asyncio.to_thread(stages.journal.open, grant.work, generation=grant.task.generation)
         adopted = await asyncio.to_thread(stages.journal.adopt, entry)
         if adopted is None:
-            entry, result, seconds["fetch"] = await stages.run(grant, spec, entry, under_lease=self._under_lease)
+            entry, result, seconds["fetch"] = await stages.run(
+                grant, spec, entry, device=self._device, under_lease=self._under_lease
+            )
             if grant.first_step_seconds is not None:
                 seconds["first_step"] = grant.first_step_seconds
         else:

@@ -54,6 +54,8 @@ class DataSet(_Part):
     validation: str | Annotated[float, Field(ge=0, lt=1)] = 0.1
     # The house agent's held-out rows.
     test: str | None = None
+    # A directory for what a classifier says of each held-out row; without it nothing of that is kept.
+    predictions: str | None = None
 
     @model_validator(mode="after")
     def _one_kind_of_table(self) -> DataSet:
@@ -70,8 +72,9 @@ class DataSet(_Part):
         paths: dict[str, object] = {"path": str(directory / self.path)}
         if isinstance(self.validation, str):
             paths["validation"] = str(directory / self.validation)
-        if self.test is not None:
-            paths["test"] = str(directory / self.test)
+        for name in ("test", "predictions"):
+            if (path := getattr(self, name)) is not None:
+                paths[name] = str(directory / path)
         return self.model_copy(update=paths)
 
 

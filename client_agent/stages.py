@@ -168,10 +168,10 @@ class Stages:
     # --- run
 
     async def run(
-        self, grant: Grant, spec: JobSpec, entry: Entry, *, under_lease: UnderLease[Path]
+        self, grant: Grant, spec: JobSpec, entry: Entry, *, device: asyncio.Lock, under_lease: UnderLease[Path]
     ) -> tuple[Entry, TaskResult, float]:
         """The trainer's sealed result, and the seconds that fetching took. InvalidInput with the trainer's reason when
-        it fails."""
+        it fails. One task at a time has the device; others fetch and upload meanwhile."""
         began = time.monotonic()
         await fetch_missing(
             grant.task, spec, models=self.models, directory=self.home.models,
@@ -183,18 +183,24 @@ class Stages:
             try:
                 fetched = await self.fetching.version(grant, whole=whole, under_lease=under_lease)
                 fetch_seconds = time.monotonic() - began
-                return *await self._train(grant, spec, entry, fetched), fetch_seconds
+                return *await self._train(grant, spec, entry, fetched, device=device), fetch_seconds
             except VersionNeeded as needed:
                 grant.log.warning("The whole version is fetched.", reason=str(needed))
                 whole = True
 
-    async def _train(self, grant: Grant, spec: JobSpec, entry: Entry, fetched: Fetched) -> tuple[Entry, TaskResult]:
+    async def _train(
+        self, grant: Grant, spec: JobSpec, entry: Entry, fetched: Fetched, *, device: asyncio.Lock
+    ) -> tuple[Entry, TaskResult]:
         directory = self.journal.path(grant.work)
         task_spec = await asyncio.to_thread(self._task_spec, grant, spec, fetched)
         entry = await asyncio.to_thread(self.journal.restart, replace(entry, base_digest=task_spec.base_digest))
         kind = "synthetic" if isinstance(spec.task, Synthetic) else "training"
         await asyncio.to_thread(write_spec, directory, task_spec)
-        await self._until_trained(grant, directory, kind=kind)
+        if device.locked():
+            # Another task is in the trainer: what was fetched is no news any more.
+            grant.at(agent_pb2.STAGE_UNSPECIFIED)
+        async with device:
+            await self._until_trained(grant, directory, kind=kind)
         adopted = await asyncio.to_thread(self.journal.adopt, entry)
         if adopted is None:
             raise InvalidInput("The trainer says that it is done, but left no result.")

@@ -23,12 +23,20 @@ class Predicted(NamedTuple):
 
 
 def evaluate(
-    model: Model, *, tokens: Encoded, task: Kind, local: Local, on_rows: Callable[[int, int], None]
+    model: Model,
+    *,
+    tokens: Encoded,
+    task: Kind,
+    local: Local,
+    on_rows: Callable[[int, int], None],
+    on_predicted: Callable[[Predicted], None] | None = None,
 ) -> dict[str, float]:
-    """The task's metrics over all rows. Errors and `on_rows` as `predictions`."""
+    """The task's metrics over all rows. Errors and `on_rows` as `predictions`; `on_predicted` sees each batch."""
     scores = task.new_scores()
     for seen in predictions(model, tokens=tokens, task=task, local=local, on_rows=on_rows):
         scores.add(seen.logits, seen.targets, loss_sum=seen.loss_sum)
+        if on_predicted is not None:
+            on_predicted(seen)
     return scores.metrics()
 
 

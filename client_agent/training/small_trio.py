@@ -108,7 +108,7 @@ def make(
     """Writes a model directory that AutoModelForSequenceClassification and AutoTokenizer load.
 
     `kind` is "bert", "albert" or "distilbert". The last needs its "bert" first, so it takes twice the steps.
-    `sentence_encoder` is a directory; without it the pooler is trained for nothing but what it gives to words.
+    `sentence_encoder` is a directory; without it the pooler stays random, because words are predicted without it.
     `on_step(done, total, loss)`. InvalidInput: there are too few texts for one batch.
     """
     prepare(device=torch.device("cpu"), threads=threads)

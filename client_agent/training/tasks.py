@@ -43,6 +43,7 @@ from client_agent.training.loading import load_version, update_norm
 from client_agent.training.mentor import train_with_mentor
 from client_agent.training.model import Model, build
 from client_agent.training.parallel import ALONE, Group
+from client_agent.training.predicted import Predictions
 from client_agent.training.tables import Split
 from client_agent.training.teacher import Teacher, build_teacher
 from client_agent.training.train import Report, diverged, prepare, train
@@ -240,12 +241,13 @@ class Work:
         tokens = self._tokens(model, split) if self._has_rows(split) else None
         self._lap("load", since=self.began)
         start = time.monotonic()
-        metrics: dict[str, float] = {}
+        metrics, said = dict[str, float](), Predictions(self.task, self.kind, writes=self.group.leads)
         if tokens is not None:
             metrics = evaluate(
-                model, tokens=tokens, task=self.kind, local=self.spec.local,
+                model, tokens=tokens, task=self.kind, local=self.spec.local, on_predicted=said.add,
                 on_rows=lambda done, total: self.report("evaluating", done, total, "rows", {}),
             )  # fmt: skip
+            until_written(said.write, waits=self.wait_for_room)
             if not math.isfinite(metrics["loss"]):
                 raise InvalidInput("The model's loss on these rows is not a finite number.")
             metrics["skipped_rows"] = float(tokens.skipped)

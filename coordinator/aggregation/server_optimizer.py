@@ -76,12 +76,13 @@ class OptimizerState:
         )
         self._begin_with = begin_with
         self._offsets = {tensor.name: len(header) + tensor.offset for tensor in own.tensors}
-        self._handles = ExitStack()
-        self._source = None if source is None else self._opened(source, os.O_RDONLY)
         self._path = target
-        self._target = self._opened(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        os.truncate(self._target, own.file_bytes)
-        os.pwrite(self._target, header, 0)
+        with ExitStack() as handles:
+            self._source = None if source is None else _opened(source, os.O_RDONLY, handles)
+            self._target = _opened(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, handles)
+            os.truncate(self._target, own.file_bytes)
+            os.pwrite(self._target, header, 0)
+            self._handles = handles.pop_all()
         self._pending: list[tuple[int, NDArray[np.float64]]] = []
 
     @staticmethod
@@ -121,7 +122,8 @@ class OptimizerState:
     def close(self) -> None:
         self._handles.close()
 
-    def _opened(self, path: Path, flags: int) -> int:
-        handle = os.open(path, flags, 0o600)
-        self._handles.callback(os.close, handle)
-        return handle
+
+def _opened(path: Path, flags: int, handles: ExitStack) -> int:
+    handle = os.open(path, flags, 0o600)
+    handles.callback(os.close, handle)
+    return handle

@@ -345,9 +345,11 @@ def _distill(job: Job, facts: Facts, round_: Round, now: float) -> Transition:
                 return Transition((again,), f"{failed} and gets the aggregate of round {round_.number} once more")
         return _commit(job, facts, round_, command, undistilled=sentences.outcomes(tasks))
     limit = job.spec.cohort.stall_limit_seconds
-    # It may have an evaluation in hand before it comes to this.
-    in_hand = [task for task in facts.tasks if task.state.open and task.site == waiting.site and task.lease_until]
-    moved_at = max((task.last_progress_at for task in in_hand), default=round_.deadline_at)
+    # It may have an evaluation in hand before it comes to this, which did not stand still before it was offered.
+    in_hand = [task for task in facts.tasks if task.state.live and task.site == waiting.site]
+    moved_at = max(task.last_progress_at for task in (waiting, *in_hand))
+    if not (in_hand or waiting.lease_until):
+        moved_at = round_.deadline_at
     stalls_at, stalled = moved_at + limit, f"nothing moved for {sentences.duration(limit)}"
     connected = any(site.connected for site in facts.sites if site.name == waiting.site)
     if not connected and not waiting.lease_until:

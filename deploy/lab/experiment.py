@@ -47,7 +47,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from deploy.lab.attack import Attack
 from deploy.lab.partition import Partition
@@ -107,6 +107,22 @@ class SmallEncoder(Part):
     sentence_encoder: str | None = None
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _has_a_pooler(self) -> SmallEncoder:
+        if self.sentence_encoder and self.kind == "distilbert":
+            raise ValueError("a distilbert has no pooler that could learn from a sentence_encoder")
+        return self
+
+
+def _which(made: Any) -> str:
+    """Of a small model: an encoder says which kind it is. So what is wrong with it is told of it alone."""
+    return "encoder" if isinstance(made, SmallEncoder) or (isinstance(made, Mapping) and "kind" in made) else "llama"
+
+
+SmallModel = Annotated[
+    Annotated[SmallLlama, Tag("llama")] | Annotated[SmallEncoder, Tag("encoder")], Discriminator(_which)
+]
+
 
 class LabModel(Part):
     """A directory, a repository that lies in the local hub cache, or a model that is made."""
@@ -115,7 +131,7 @@ class LabModel(Part):
     hub: str | None = None
     # Of the repository: a branch, a tag or a commit. Not written without it, so that a run keeps its plan.
     revision: Annotated[str, Field(min_length=1)] | None = Field(default=None, exclude_if=lambda name: name is None)
-    make: SmallLlama | SmallEncoder | None = None
+    make: SmallModel | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> LabModel:

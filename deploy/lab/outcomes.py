@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet
 
+from client_agent.settings import DataSet
 from client_agent.taskdir import read_json
 from deploy.lab.grid import CELLS, GRID, LOG, read_grid
 from deploy.lab.report import held_out, summary, unusual
@@ -155,15 +156,17 @@ def _main_metric(cells: Sequence[Cell], measured: Sequence[str]) -> str:
 
 def _chance(cell: Cell) -> float | None:
     """What always naming the most frequent label gets right on the validation rows; without them, one of its labels."""
-    labels = cell.done["spec"]["task"].get("labels") or ()
+    labels = cell.done["spec"]["task"].get("labels")
+    if not labels:
+        return None
     plan = read_json(cell.folder / PLAN) or {"experiment": {}}
     data = plan["experiment"].get("data") or {"columns": {}}
-    column = data["columns"].get("label")
+    column = data["columns"].get("label", DataSet.model_fields["label"].default)
     path = Path(data.get("validation") or "")
-    if column and path.suffix == ".parquet" and path.is_file():
+    if path.suffix == ".parquet" and path.is_file() and column in pyarrow.parquet.read_schema(path).names:
         counts = Counter(pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist())
         return max(counts.values()) / counts.total()
-    return 1 / len(labels) if labels else None
+    return 1 / len(labels)
 
 
 def row_of(cell: Cell, *, study: Study) -> Row:

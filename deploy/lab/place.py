@@ -26,6 +26,8 @@ from protos.v1 import operator_pb2
 
 HOUSE = "house"
 ROWS = "rows.parquet"
+# Below the house agent's home: what each version that was measured says of each row.
+PREDICTIONS = "predictions"
 TOKEN_SECONDS = 3600.0
 
 
@@ -60,6 +62,7 @@ def _house(data: LabData, spec: JobSpec) -> dict[str, Mapping[str, Any]]:
     # Where it has no rows of its own to train on, nothing ever reads what stands in their place (see plan.py).
     own = ROWS if data.slice_share else data.slice or data.validation
     held_out = {"path": own, "validation": data.validation, "test": data.test, **data.columns}
+    held_out["predictions"] = PREDICTIONS
     held_out = {key: value for key, value in held_out.items() if value is not None}
     questions = {name: {"path": path, "question": "question"} for name, path in data.benchmarks.items()}
     return {spec.data.name: held_out, **questions}

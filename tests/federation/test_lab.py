@@ -92,6 +92,7 @@ def test_a_grid_that_was_killed_runs_only_what_is_left_and_more_seeds_are_more_c
     again = subprocess.run([*command, "--seeds", "1-3", "--jobs", "2"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "3 cells, 1 of them done." in again.stderr
+    assert "(1 of 2; " in again.stderr and " to go)" in again.stderr and "(2 of 2; the last one)" in again.stderr
     assert read_json(cells[0] / "metrics.json") == done
     jobs = [read_json(cell / "metrics.json")["job"] for cell in cells]
     assert [job["state"] for job in jobs] == ["COMPLETED"] * 3 and len({job["id"] for job in jobs}) == 3

@@ -99,7 +99,7 @@ def test_whatever_a_lab_file_can_ask_for_is_planned_and_the_data_that_are_here_a
             assert Path(experiment.data.validation).exists()
             key = experiment.model_dump_json(include={"data", "partition", "sites"})
             shared[key] = experiment
-    assert bool(shared) == (file.name != "lab-full.toml")
+    assert shared or file.name == "lab-full.toml"
     for experiment in shared.values():
         assert all(site_rows(experiment, seed=1).values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -12,8 +13,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from client_agent import runner as runner_module
+from client_agent import settings
 from client_agent.home import Home
 from client_agent.journal import Journal, work_of
+from client_agent.main import compose
 from client_agent.reports import failed_by_surprise
 from client_agent.taskdir import Checkpoint, write_checkpoint
 from protos.v1 import agent_pb2
@@ -153,3 +156,19 @@ def test_only_an_error_with_a_number_is_one_of_the_disk() -> None:
     assert full.reason == "The agent could not use its disk: Input/output error."
     assert failed_by_surprise(TimeoutError()).reason == "The agent failed with TimeoutError."
     assert "Ola" not in str(failed_by_surprise(ValueError("Ola Nordmann")))
+
+
+async def test_an_upload_that_takes_long_does_not_keep_another_site_from_the_device_that_they_share(
+    home: Home, coordinator: Coordinator
+) -> None:
+    device = asyncio.Lock()
+    agent = compose(home, settings.load(home.site_file), gpu="", rows={}, device=device)
+    coordinator.add_task(task(), model=MODEL)
+    # Nothing of an upload comes through, for as long as this lasts.
+    coordinator.cut_write_at, coordinator.cuts_for_good = 0, True
+    async with running(home, agent):
+        await coordinator.until(lambda: agent_pb2.STAGE_UPLOADING in stages_seen(coordinator))
+        async with asyncio.timeout(60), device:
+            assert not coordinator.finished
+        coordinator.cut_write_at = None
+        assert (await finish_of(coordinator)).WhichOneof("outcome") == "succeeded"

@@ -83,6 +83,24 @@ def test_the_build_context_holds_what_the_install_needs_and_no_tests() -> None:
     assert all((ROOT / name).exists() for name in kept)
 
 
+def test_the_build_context_holds_what_the_lab_imports_and_makes_models_of() -> None:
+    ignored = [line for line in (ROOT / ".dockerignore").read_text().split("\n") if line.startswith("deploy/")]
+    imported = "".join(path.read_text() for path in (ROOT / "deploy/lab").glob("*.py"))
+    assert "from deploy.data." in imported
+    assert not [path for path in ignored if f"from {path.replace('/', '.')}" in imported]
+
+
+def test_what_the_recipes_take_from_a_package_can_be_in_the_image_of_the_lab() -> None:
+    wanted = {
+        package
+        for path in (ROOT / "deploy/recipes").glob("*/lab*.toml")
+        for package in re.findall(r'"package:([^/"]+)', path.read_text())
+    }
+    (encoder,) = re.findall(r"ENCODER=(\S+)==", (ROOT / "deploy/kubernetes/lab.yaml").read_text())
+    assert wanted == {encoder.replace("-", "_")}
+    assert "ENCODER=" in [rest for name, rest in instructions(DOCKERFILES[0]) if name == "ARG"]
+
+
 def test_every_declared_dependency_has_its_tested_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = sum(project["optional-dependencies"].values(), start=list(project["dependencies"]))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from client_agent.taskdir import UPDATE
 from client_agent.training.classification import Scores, TextClassification
 from protos.errors import OutOfSpace
-from tests.unit.client_agent.training.conftest import Site
+from tests.unit.client_agent.training.conftest import LABELS, Site
 
 
 def scores_of(true: list[int], predicted: list[int], *, classes: int) -> dict[str, float]:
@@ -68,3 +71,20 @@ def test_a_batch_that_does_not_fit_is_evaluated_in_parts(site: Site) -> None:
     limit = 0
     with pytest.raises(OutOfSpace, match="1 row"):
         site.run("none", task)
+
+
+def test_what_was_said_of_each_row_is_kept_where_the_site_wants_it_and_nowhere_else(site: Site, tmp_path: Path) -> None:
+    keeping = replace(site, data_set=site.data_set.model_copy(update={"predictions": str(tmp_path / "said")}))
+    init, _ = site.run("init", site.task("init", recipe=site.recipe()))
+    for split in ("validation", "test"):
+        task = keeping.task("evaluate", recipe=site.recipe(), model=init / UPDATE, split=split)
+        for name in ("once", "again"):
+            _, measured = keeping.run(f"{split}-{name}", task)
+        rows = pyarrow.parquet.read_table(tmp_path / "said" / f"job-1-version-1-{split}.parquet").to_pylist()
+        assert [row["row"] for row in rows] == list(range(measured.examples))
+        right = sum(row["right"] == row["predicted"] for row in rows)
+        assert right / len(rows) == pytest.approx(measured.metrics["accuracy"])
+        assert all(1 / len(LABELS) <= row["probability"] <= 1 for row in rows)
+    assert len(list((tmp_path / "said").iterdir())) == 2
+    _, silent = site.run("silent", site.task("evaluate", recipe=site.recipe(), model=init / UPDATE, split="test"))
+    assert silent.metrics == measured.metrics and len(list((tmp_path / "said").iterdir())) == 2

@@ -132,6 +132,12 @@ def test_a_damaged_base_version_or_state_makes_no_new_version(tmp_path: Path) ->
         (tmp_path / name).write_bytes(good)
 
 
+def open_files(directory: Path) -> list[Path]:
+    """Those of this process below `directory`."""
+    found = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+    return [path for path in found if path.is_relative_to(directory)]
+
+
 def test_a_damaged_update_leaves_no_file_open(tmp_path: Path) -> None:
     """The worker lives as long as the coordinator."""
     parts = inputs(tmp_path, [random_model(1), random_model(2)], [0.5, 0.5])
@@ -144,8 +150,15 @@ def test_a_damaged_update_leaves_no_file_open(tmp_path: Path) -> None:
             parts, output=tmp_path / "next", **before, optimizer=adam, state=tmp_path / "state",
             state_digest=made.optimizer_digest, state_output=tmp_path / "next-state",
         )  # fmt: skip
-    open_files = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
-    assert not [path for path in open_files if path.is_relative_to(tmp_path)]
+    assert not open_files(tmp_path)
+    # Nor does a state that cannot be written, as on a full disk.
+    (tmp_path / "no-file").mkdir()
+    with pytest.raises(IsADirectoryError):
+        combine(
+            parts, output=tmp_path / "next", **before, optimizer=adam, state=tmp_path / "state",
+            state_digest=made.optimizer_digest, state_output=tmp_path / "no-file",
+        )  # fmt: skip
+    assert not open_files(tmp_path)
 
 
 def test_the_worker_process_answers_with_digest_and_size_or_with_the_damaged_site(tmp_path: Path) -> None:

@@ -125,6 +125,16 @@ def test_an_agent_that_is_there_and_busy_with_another_job_is_waited_for_until_th
     assert commit.undistilled == "hq handed nothing in: the deadline passed"
 
 
+@pytest.mark.parametrize("state", [s.TaskState.QUEUED, s.TaskState.RUNNING])
+def test_an_evaluation_that_stood_still_before_is_not_held_against_the_distillation(state: s.TaskState) -> None:
+    """QUEUED: its lease ran out, when the agent died, and the agent has come back."""
+    measures = s.Task("j.0.evaluate.hq.validation", "j", 0, s.TaskKind.EVALUATE, "hq", 0, "validation")
+    stood = replace(measures, state=state, lease_until=90.0, last_progress_at=1.0)
+    facts = distilling(distil(s.TaskState.QUEUED, queued_at=80.0, last_progress_at=80.0), stood)
+    facts = replace(facts, round=round_(phase=s.Phase.DISTILLING, deadline_at=140.0))
+    assert not step(job(RECIPE), facts, 85.0).effects
+
+
 def test_a_house_agent_that_is_revoked_does_not_hold_up_the_round() -> None:
     facts = distilling(distil(s.TaskState.RUNNING), house=None)
     (end,) = of(step(job(RECIPE), facts, 1.0), s.EndTask)

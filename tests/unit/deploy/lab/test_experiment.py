@@ -51,6 +51,27 @@ def test_the_study_is_written_as_it_was_run() -> None:
     assert long.model_copy(update={"rounds": 10, "name": spec.name}) == spec and long.rounds == 100
 
 
+def test_the_study_of_numbers_of_sites_is_written_as_it_was_run() -> None:
+    """Hilmkil et al. 2021, section 3.4: three models, three data sets, 1 to 32 sites, plain SGD."""
+    found = cells(RECIPES / "hilmkil-2021", Typed(lab_file="lab-full.toml"))
+    assert len(found) == 3 * 3 * 6
+    assert sorted({cell.axes["sites"] for cell in found}) == [1, 2, 4, 8, 16, 32]
+    assert {(cell.axes["data"], cell.plan.spec.rounds) for cell in found} == {
+        ("imdb", 100), ("ag-news", 100), ("yelp-full", 50)
+    }  # fmt: skip
+    models = [cell.plan.experiment.model for cell in found]
+    assert {model.hub for model in models if model} == {
+        "google-bert/bert-base-cased", "albert/albert-base-v2", "distilbert/distilbert-base-cased"
+    }  # fmt: skip
+    for spec in (cell.plan.spec for cell in found):
+        local = spec.local
+        assert (local.epochs, local.batch_size, spec.task.model_dump()["max_length"]) == (2, 32, 128)
+        assert (local.optimizer, local.momentum, local.weight_decay, local.proximal) == ("sgd", 0, 0, 0)
+        assert {spec.learning_rate_at(number) for number in (1, spec.rounds)} == {2e-5}
+        assert (spec.method.type, spec.aggregation.rule, spec.cohort.size) == ("full", "mean", "all")
+        assert spec.aggregation.server_optimizer.type == "none" and not local.max_gradient_norm
+
+
 def test_an_option_changes_one_key_and_what_it_makes_is_checked() -> None:
     plan = planned(STUDY, changes=("local.data_order=same", "method.rank=4"), rounds=3, seed=9, sites=5)
     assert (plan.spec.local.data_order, plan.spec.rounds, plan.spec.seed) == ("same", 3, 9)
@@ -79,6 +100,8 @@ def test_a_site_of_an_experiment_holds_back_no_rows_and_the_house_agent_holds_th
     own, house = site_tomls(plan.experiment, plan.spec, threads=1)
     assert "validation = 0.0" in own and "pubmedqa" not in own
     assert set(re.findall(r"\[data\.(\w+)\]", house)) == {"flashcards", "pubmedqa", "medqa", "medmcqa"}
+    # What it said of each row stays comparable.
+    assert 'predictions = "predictions"' in house and "predictions" not in own
 
 
 def test_a_distillation_never_learns_from_the_rows_that_judge_it(tmp_path: Path) -> None:

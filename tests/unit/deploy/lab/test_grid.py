@@ -115,6 +115,20 @@ def test_the_same_command_again_and_a_part_of_it_are_no_change(directory: Path, 
     assert len(read_grid(tmp_path / "out") or []) == 10
 
 
+def test_cells_that_fail_say_why_and_nothing_about_how_long_the_others_take(directory: Path, tmp_path: Path) -> None:
+    found = cells(directory, Typed(axes={"seeds": ["1"], "variants": ["plain"]}))
+    for cell in found:
+        (tmp_path / "out" / "cells" / cell.name).mkdir(parents=True)
+        (tmp_path / "out" / "cells" / cell.name / "notes.txt").touch()
+    said: list[str] = []
+    failed = run_grid(found, out=tmp_path / "out", jobs=1, part=(1, 1), say=said.append)
+    assert [one.name for one in failed] == ["sites-1,plain,seed-1", "sites-4,plain,seed-1"]
+    assert all("holds files that no experiment made" in one.sentence for one in failed)
+    assert [line.rpartition(" (")[2] for line in said] == [
+        "2 cells.", "1 of 2; nothing to judge the rest by yet)", "2 of 2; the last one)"
+    ]  # fmt: skip
+
+
 def test_a_model_is_not_given_where_the_grid_names_its_models(directory: Path) -> None:
     (directory / "lab.toml").write_text('[grid]\nmodels = ["a"]\n[models.a]\npath = "."\n')
     with pytest.raises(InvalidInput, match="--model is for a run of one model"):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 from pydantic import ValidationError
 
 from client_agent.taskdir import write_json
-from deploy.lab.experiment import LabModel, SmallEncoder, absolute
+from deploy.lab.experiment import LabModel, SmallEncoder, absolute, checked
 from deploy.lab.make_llama import lay_out_as_hub_cache
 from deploy.lab.models import directory_of
 from protos.errors import Conflict, InvalidInput, NotFound
@@ -83,6 +84,19 @@ def test_a_path_in_a_package_needs_the_package_and_the_directory(tmp_path: Path)
     assert inside == str(Path(spec.origin).parent / "no-such-model")
     with pytest.raises(NotFound, match="no-such-model"):
         found(LabModel(path=inside), made=tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        ({"kind": "distilbert", "sentence_encoder": "."}, "a distilbert has no pooler"),
+        ({"kind": "bert", "layer": 4}, "layer: Extra inputs"),
+        ({"layers": 0}, "layers: Input should be greater"),
+    ],
+)
+def test_what_is_wrong_with_a_model_that_is_made_is_told_of_its_own_kind(make: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(InvalidInput, match=wrong):
+        checked({"model": {"make": make}}, name="lab.toml")
 
 
 def test_a_model_that_was_made_in_another_way_is_not_taken_for_what_is_wanted(tmp_path: Path) -> None:

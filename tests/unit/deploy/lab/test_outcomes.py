@@ -123,6 +123,11 @@ def test_chance_is_the_most_frequent_label_of_the_validation_rows(tmp_path: Path
     data = {"validation": str(tmp_path / "validation.parquet"), "columns": {"label": "y"}}
     write_json(grid / "cells" / "data-skewed,seed-1" / "lab.json", {"experiment": {"data": data}})
     assert read([grid]).chance == {"skewed": 0.75}
+    # The column has its usual name unless lab.toml says another.
+    pyarrow.parquet.write_table(rows.rename_columns(["label"]), tmp_path / "validation.parquet")
+    data = {"validation": str(tmp_path / "validation.parquet"), "columns": {}}
+    write_json(grid / "cells" / "data-skewed,seed-1" / "lab.json", {"experiment": {"data": data}})
+    assert read([grid]).chance == {"skewed": 0.75}
 
 
 def test_a_measure_that_nobody_took_is_named(tmp_path: Path) -> None:
