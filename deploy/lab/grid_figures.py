@@ -101,7 +101,8 @@ def label_of(study: Study, axes: Mapping[str, Any], *, of: Sequence[str]) -> str
     """What a line or a panel is, in as few words as tell it from the others."""
     named = [f"{axes[axis]} {_sites(axes[axis])}" if axis == "sites" else str(axes[axis])
              for axis in of if axes.get(axis) is not None]  # fmt: skip
-    return ", ".join(named)
+    # Beside the variants of another grid, one that has none.
+    return ", ".join(named) or ("as the recipe is" if of else "")
 
 
 def _sites(count: int) -> str:

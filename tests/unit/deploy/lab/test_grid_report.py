@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from deploy.cli import main
 from deploy.lab.certainty import over_seeds
+from deploy.lab.grid_figures import label_of
 from deploy.lab.grid_report import mean_text, points_text, write_grid_report
 from deploy.lab.outcomes import read
 from tests.unit.deploy.lab.grid_of_cells import metrics_of, write_grid
@@ -102,3 +103,14 @@ def test_a_grid_that_the_house_agent_did_not_measure_has_a_page_without_figures_
     assert "2 of 2 cells are done" in page and "data:image" not in page
     # What is not there is not explained.
     assert "test rows" not in page and "test: that round" not in page
+
+
+def test_beside_the_variants_of_another_grid_one_that_has_none_is_named(tmp_path: Path) -> None:
+    whole = {"seed": [1], "sites": [1, 4]}
+    plain = write_grid(tmp_path / "plain", axes=whole, of=lambda axes: of({**axes, "variant": "lora"}))
+    study = read([plain, write_grid(tmp_path / "varied", axes={**whole, "variant": ["kd"]}, of=of)])
+    assert [label_of(study, {"variant": variant}, of=["variant"]) for variant in (None, "kd")] == [
+        "as the recipe is",
+        "kd",
+    ]
+    assert label_of(study, {}, of=[]) == ""
