@@ -145,20 +145,15 @@ def test_a_damaged_update_leaves_no_file_open(tmp_path: Path) -> None:
     adam = FedAdam(type="fedadam")
     made = combine(parts, output=tmp_path / "out", **before, optimizer=adam, state_output=tmp_path / "state")
     parts[1].path.write_bytes(parts[0].path.read_bytes())
-    with pytest.raises(CorruptUpdate):
-        combine(
-            parts, output=tmp_path / "next", **before, optimizer=adam, state=tmp_path / "state",
-            state_digest=made.optimizer_digest, state_output=tmp_path / "next-state",
-        )  # fmt: skip
-    assert not open_files(tmp_path)
     # Nor does a state that cannot be written, as on a full disk.
     (tmp_path / "no-file").mkdir()
-    with pytest.raises(IsADirectoryError):
-        combine(
-            parts, output=tmp_path / "next", **before, optimizer=adam, state=tmp_path / "state",
-            state_digest=made.optimizer_digest, state_output=tmp_path / "no-file",
-        )  # fmt: skip
-    assert not open_files(tmp_path)
+    for state_output, error in (("next-state", CorruptUpdate), ("no-file", IsADirectoryError)):
+        with pytest.raises(error):
+            combine(
+                parts, output=tmp_path / "next", **before, optimizer=adam, state=tmp_path / "state",
+                state_digest=made.optimizer_digest, state_output=tmp_path / state_output,
+            )  # fmt: skip
+        assert not open_files(tmp_path)
 
 
 def test_the_worker_process_answers_with_digest_and_size_or_with_the_damaged_site(tmp_path: Path) -> None:
