@@ -3,9 +3,8 @@
 They have the classes and the files of the real ones. "bert" (Devlin et al. 2018, arXiv:1810.04805) has a pooler that a
 task about sentences has trained. "albert" (Lan et al. 2019, arXiv:1909.11942) shares one layer's weights among all its
 layers, and has such a pooler too. "distilbert" (Sanh et al. 2019, arXiv:1910.01108) begins as every second layer of
-such a "bert" and is taught by it to predict masked words. No task about sentences was there, for its teacher neither,
-so what it says at the first token means little, and it has no pooler: whoever classifies with it puts two new layers
-on it.
+such a "bert" and is taught by it to predict masked words. It has no pooler: whoever classifies with it puts two new
+layers on it. Where its teacher has had no task about sentences either, what it says at the first token means little.
 
 The task about sentences is to say with the pooler what a public sentence encoder says of the text: the largest
 directions of its answers (Reimers and Gurevych 2020, arXiv:2004.09813). BERT's and ALBERT's own tasks, and telling
@@ -108,14 +107,15 @@ def make(
     """Writes a model directory that AutoModelForSequenceClassification and AutoTokenizer load.
 
     `kind` is "bert", "albert" or "distilbert". The last needs its "bert" first, so it takes twice the steps.
-    `sentence_encoder` is a directory; without it the pooler stays random, because words are predicted without it.
+    `sentence_encoder` is a directory; without it the pooler stays random, because words are predicted without it. Of a
+    "distilbert" it is the teacher's.
     `on_step(done, total, loss)`. InvalidInput: there are too few texts for one batch.
     """
     prepare(device=torch.device("cpu"), threads=threads)
     tokenizer = make_tokenizer(texts, vocabulary=sizes.vocabulary)
     torch.manual_seed(seed)
     said = torch.zeros(len(texts), sizes.hidden)
-    if sentence_encoder is not None and pretraining.steps and kind != "distilbert":
+    if sentence_encoder is not None and pretraining.steps:
         said = answers(texts, sentence_encoder=sentence_encoder, length=pretraining.length, values=sizes.hidden)
     read = Reading(texts, said, tokenizer=tokenizer, how=pretraining, seed=seed)
     model: PreTrainedModel

@@ -35,7 +35,7 @@ def make(source: Path, *, out: Path) -> dict[str, int]:
     validation, rows = _take(rows, VALIDATION_ROWS)
     base, _ = _take(rows, BASE_ROWS)
     test, _ = _take(held_out, TEST_ROWS)
-    files = {"train": train, "validation": validation, "test": test, "base": base}
+    files = {"train": train, "validation": validation, "test": test, "test_all": held_out, "base": base}
     for name, chosen in files.items():
         write(out / f"{name}.parquet", chosen, columns=COLUMNS[:1] if name == "base" else COLUMNS)
     return {f"{name}.parquet": len(chosen) for name, chosen in files.items()}

@@ -74,7 +74,8 @@ def run_experiment(
 
     Where lab.toml has a [grid], or an option several values, each combination is run. Typed again with the same options
     after it was killed, it goes on. Figures are in OUT/metrics.json from the first round on, those of a grid below
-    OUT/cells.
+    OUT/cells. What a classifier said of each held-out row, version by version, is in agents/house/predictions beside
+    them.
 
     \b
     silotune lab run deploy/recipes/flowertune-medical --out runs/twin

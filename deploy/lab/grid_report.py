@@ -112,7 +112,7 @@ def mean_text(found: Mean | None, *, metric: str) -> str:
     """A mean with half its interval: points of a hundred for shares, else the number itself."""
     if found is None:
         return "–"
-    scale, digits = (100, 1) if _is_share(metric) else (1, 3)
+    scale, digits = (100, 1) if is_share(metric) else (1, 3)
     half = "" if found.half is None else f" ± {scale * found.half:.{digits}f}"
     return f"{scale * found.value:.{digits}f}{half}{' %' if scale == 100 else ''}"
 
@@ -121,12 +121,12 @@ def points_text(value: float | None, *, metric: str) -> str:
     """A difference, with its sign."""
     if value is None:
         return "–"
-    return f"{100 * value:+.2f}" if _is_share(metric) else f"{value:+.4f}"
+    return f"{100 * value:+.2f}" if is_share(metric) else f"{value:+.4f}"
 
 
 def number_text(value: float | None, *, digits: int = 0) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _is_share(metric: str) -> bool:
+def is_share(metric: str) -> bool:
     return metric in grid_figures.SHARES or metric.endswith("_accuracy")

@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from client_agent.settings import DataSet
 from client_agent.taskdir import read_json
 from deploy import figures
 from deploy.figures import BLUE, PAPER, SKY
@@ -65,7 +67,9 @@ def holding_of(cell: Cell) -> Holding | None:
     experiment = None if plan is None else Experiment.model_validate(plan["experiment"])
     if experiment is None or experiment.data is None or not Path(experiment.data.rows).exists():
         return None
-    column = experiment.partition.by or experiment.data.columns.get("label", "")
+    column = experiment.partition.by or experiment.data.columns.get("label", DataSet.model_fields["label"].default)
+    if column not in pyarrow.parquet.read_schema(experiment.data.rows).names:
+        column = ""
     if not column and experiment.partition.kind == "uniform":
         return None  # All the same, of nothing that is known.
     rows = site_rows(experiment, seed=cell.done["spec"]["seed"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import yaml
 
 from client_agent.taskdir import read_json
 from client_agent.training import small_llama
@@ -101,6 +105,38 @@ def test_a_grid_that_was_killed_runs_only_what_is_left_and_more_seeds_are_more_c
 
 
 SHIPPED = Path(__file__).parents[2] / "deploy"
+
+
+def test_two_pods_of_the_shipped_job_fill_one_folder_side_by_side_and_it_is_one_report(tmp_path: Path) -> None:
+    recipe = RECIPE.replace("quorum = 4", "quorum = 1").replace("rounds = 3", "rounds = 1").replace("0.5", "0.1")
+    (tmp_path / "recipe.toml").write_text(recipe)
+    (tmp_path / "lab.toml").write_text("sites = 1\n[grid]\nseeds = [1, 2, 3]\n")
+    out = tmp_path / "out"
+    job = yaml.safe_load((SHIPPED / "kubernetes" / "lab.yaml").read_text())["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    (typed,) = container["args"]
+    own = {"/lab/recipes/hilmkil-2021": tmp_path, "/lab/runs/hilmkil-2021": out, f"/{job['completions']} ": "/2 "}
+    for shipped, ours in own.items():
+        assert typed.count(shipped) == 1
+        typed = typed.replace(shipped, str(ours))
+    scripts = Path(sys.executable).parent
+    pods = [
+        subprocess.Popen(
+            [*container["command"], typed], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": str(index)},
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    said = [pod.communicate()[1] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], said
+    assert [re.findall(r"^(seed-\d): done", text, re.M) for text in said] == [["seed-1", "seed-3"], ["seed-2"]]
+    assert [cell["name"] for cell in read_json(out / "grid.json")["cells"]] == ["seed-1", "seed-2", "seed-3"]
+    done = subprocess.run([scripts / "silotune", "lab", "report", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with (out / "cells.csv").open() as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+
+
 HUB_NAME = "ContactDoctor/Bio-Medical-Llama-3-8B"
 
 
@@ -114,8 +150,8 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache / f"models--{HUB_NAME.replace('/', '--')}" / "snapshots" / revision
 
 
-def run_in_small(directory: Path, *words: str, recipe: str, model: Path) -> dict[str, Any]:
-    """metrics.json of a shipped recipe with two sites, a few held-out rows and four questions of each benchmark."""
+def run_in_small(directory: Path, *words: str, recipe: str, model: Path, sites: int = 2) -> dict[str, Any]:
+    """metrics.json of a shipped recipe with so many sites, a few held-out rows and four questions of each benchmark."""
     for name in QUESTION_ROWS:
         few = pyarrow.parquet.read_table(SHIPPED / "data" / QUESTIONS / f"{name}.parquet").slice(0, 4).to_pylist()
         write(directory / f"{name}.parquet", [{**row, "context": ""} for row in few], columns=QUESTION_COLUMNS)
@@ -124,7 +160,7 @@ def run_in_small(directory: Path, *words: str, recipe: str, model: Path) -> dict
         write(directory / f"{name}.parquet", part, columns=ALPACA_COLUMNS)
     (directory / "lab.toml").write_text(f"""\
 recipe = "{SHIPPED}/recipes/flowertune-medical/{recipe}"
-sites = 2
+sites = {sites}
 [data]
 rows = "rows.parquet"
 validation = "held_out.parquet"
@@ -163,3 +199,14 @@ def test_the_twin_learns(hub_cache: Path, tmp_path: Path) -> None:
     losses = [entry["metrics"]["loss"] for entry in found["evaluations"] if entry["split"] == "validation"]
     assert len(losses) == 4 and losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_eight_sites_share_one_trainer_that_loads_the_base_model_once(hub_cache: Path, tmp_path: Path) -> None:
+    words = ("--rounds", "2", "--set", "cohort.size=8", "--set", "cohort.quorum=8", "--set", "task.max_length=256")
+    found = run_in_small(tmp_path, *words, recipe="twin.toml", model=hub_cache, sites=8)
+    assert [len(entry["updates"]) for entry in found["rounds"]] == [8, 8]
+    logs = tmp_path / "out" / "logs"
+    assert (logs / "sites.log").read_text().count("A trainer was started.") == 1
+    # Before each training it says how long its latest loading took; another loading would take another time.
+    took = re.findall(r"ready to train .*; loading afresh took (\S+) s", (logs / "trainer.log").read_text())
+    assert len(took) == 16 and len(set(took)) == 1

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from client_agent.taskdir import UPDATE, TaskSpec, checkpoint_step, read_result
+from client_agent.training.kinds import kind_of
 from client_agent.training.parallel import Group
+from client_agent.training.predicted import Predictions
 from client_agent.training.warm import Warm
+from protos import jobspec
 from tests.unit.client_agent.training.conftest import Site, causal_recipe
 from tests.unit.client_agent.training.test_worker import Worker
 
@@ -82,6 +87,27 @@ def test_two_processes_train_as_one_does(teaching_site: Site, worker: Worker, me
     assert measured_together.metrics["loss"] == pytest.approx(measured.metrics["loss"], abs=1e-4)
     # They stay warm for the next task.
     assert len(peers_of(worker)) == 1
+
+
+def test_two_processes_keep_what_was_said_of_each_row_once_and_in_one_file(site: Site, worker: Worker) -> None:
+    said = site.directory / "said"
+    keeping = replace(site, data_set=site.data_set.model_copy(update={"predictions": str(said)}))
+    version = init(site, site.recipe())
+    task = keeping.task("evaluate", recipe=site.recipe(), model=version, split="test")
+    assert worker.run(keeping.write("two", replace(task, job_id="two", processes=2)))[-1] == {"event": "done"}
+    keeping.run("one", replace(task, job_id="one"))
+    assert {path.name for path in said.iterdir()} == {"two-version-1-test.parquet", "one-version-1-test.parquet"}
+    two, one = (
+        pyarrow.parquet.read_table(said / f"{job}-version-1-test.parquet").to_pylist() for job in ("two", "one")
+    )
+    assert [row["row"] for row in two] == list(range(42))
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == {**theirs, "probability": pytest.approx(theirs["probability"], abs=1e-5)}
+
+    # Two that write the same file would not always show in it.
+    helping = Predictions(replace(task, job_id="other"), kind_of(jobspec.parse(site.recipe())), writes=False)
+    helping.write()
+    assert len(list(said.iterdir())) == 2
 
 
 def test_a_pause_costs_two_processes_no_bit_and_a_cancel_ends_the_other(teaching_site: Site, worker: Worker) -> None:

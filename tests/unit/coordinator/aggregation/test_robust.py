@@ -96,6 +96,30 @@ def test_what_follows_from_the_gram_matrix_is_what_the_papers_make_of_the_vector
             assert found is None or found.sum() <= 1 + 1e-9
 
 
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"type": "median"}, 9.0),
+        ({"type": "trimmed-mean", "trim": 2}, (6 + 9 + 10) / 3),
+        # The sums of the three least squares are 29, 11, 22, 46, 9, 14 and 30. With two or four of them, or with the
+        # distances themselves, another one is the best, and others are the five best.
+        ({"type": "krum", "byzantine": 2}, 11.0),
+        ({"type": "multi-krum", "byzantine": 2}, (11 + 10 + 9 + 6 + 13) / 5),
+        # To 3, and from there by 3, 3, 3, 0, 3, 3 and 1.
+        ({"type": "centered-clipping", "radius": 3.0, "iterations": 2}, 3 + 16 / 7),
+        ({"type": "norm-bound", "radius": 10.0}, (10 + 10 + 6 + 3 + 10 + 9 + 4) / 7),
+        # The median norm is 9.
+        ({"type": "norm-bound"}, (9 + 9 + 6 + 3 + 9 + 9 + 4) / 7),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else "",
+)
+def test_seven_numbers_come_to_what_is_worked_out_by_hand(fields: dict[str, Any], wanted: float) -> None:
+    delta, rule = np.array([13.0, 10.0, 6.0, 3.0, 11.0, 9.0, 4.0])[:, None], rule_of(fields)
+    found = rules.coefficients(rule, delta @ delta.T, weights=[1 / 7] * 7)
+    made = rules.coordinate_wise(rule, delta.copy()) if found is None else found @ delta
+    assert made == pytest.approx([wanted], rel=1e-11)
+
+
 def test_the_median_of_an_even_number_is_the_middle_of_two_and_the_sites_order_changes_no_bit() -> None:
     values = deltas(3, count=6)
     for fields in ({"type": "median"}, {"type": "trimmed-mean", "trim": 1}):

@@ -65,12 +65,24 @@ def test_weights_follow_the_recipe(weights: str, shares: list[float]) -> None:
     assert [part.weight for part in start.contributions] == pytest.approx(shares)
 
 
-def test_a_capped_share_gives_its_excess_to_the_others_in_proportion() -> None:
-    recipe = spec(aggregation={"max_share": 0.5})
-    updates = (update("a", examples=10), update("b", examples=30), update("c", examples=960))
-    tasks = tuple(train(name, s.TaskState.SUCCEEDED) for name in "abc")
-    (start,) = of(step(job(recipe), s.Facts(sites("a", "b", "c"), round_(), tasks, updates), 1.0), s.Aggregate)
-    assert [part.weight for part in start.contributions] == pytest.approx([0.125, 0.375, 0.5])
+@pytest.mark.parametrize(
+    ("max_share", "examples", "wanted"),
+    [
+        (0.5, (10, 30, 960), [0.125, 0.375, 0.5]),
+        # What c has too much would bring b to 0.525.
+        (0.4, (5, 35, 60), [0.2, 0.4, 0.4]),
+        # No one is above it.
+        (0.6, (5, 35, 60), [0.05, 0.35, 0.6]),
+        # Fewer sites than the cap is made for.
+        (0.4, (10, 90), [0.5, 0.5]),
+    ],
+)
+def test_a_capped_share_gives_its_excess_to_the_others_in_proportion(
+    max_share: float, examples: tuple[int, ...], wanted: list[float]
+) -> None:
+    recipe = spec(aggregation={"max_share": max_share})
+    found = shares(recipe, *(update(name, examples=count) for name, count in zip("abc", examples, strict=False)))
+    assert [part.weight for part in found] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_under_a_robust_rule_no_site_counts_for_more_because_it_claims_more_rows() -> None:

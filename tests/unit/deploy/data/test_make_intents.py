@@ -12,6 +12,7 @@ from deploy.data.make_samples import write
 
 SHIPPED = Path(make_intents.__file__).parent / CLINC150
 FILES = ("train", "validation", "test", "base")
+ALL_TESTED = "test_all"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -34,12 +35,15 @@ def test_no_sentence_is_in_two_files_and_domains_have_equal_shares(tmp_path: Pat
     assert len(sentences) == len(set(sentences))
     assert Counter(row["label"] for row in found["train"]) == {"home": 200, "travel": 200}
     assert set(found["base"][0]) == {"text"}
+    tested = [row["text"] for row in read(tmp_path / "a" / f"{ALL_TESTED}.parquet")]
+    assert {row["text"] for row in found["test"]} < set(tested) and len(tested) == len(set(tested))
+    assert not set(tested) & {row["text"] for name in ("train", "validation", "base") for row in found[name]}
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in first)
 
 
 def test_what_is_shipped_is_what_its_page_says() -> None:
     page = (SHIPPED / "README.md").read_text()
-    for name in FILES:
+    for name in (*FILES, ALL_TESTED):
         rows = read(SHIPPED / f"{name}.parquet")
         assert f"| `{name}.parquet` | {len(rows)} |" in page
         assert name == "base" or tuple(rows[0]) == COLUMNS

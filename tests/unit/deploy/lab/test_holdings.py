@@ -15,15 +15,16 @@ from tests.unit.deploy.lab.grid_of_cells import metrics_of, write_grid
 
 
 def grid_with_rows(
-    folder: Path, *, labels: list[str], partition: dict[str, Any], sites: int = 3, column: str = "label"
-) -> Path:
-    """A grid of one cell, with the table that its rows came from."""
+    folder: Path, *, labels: list[str], partition: dict[str, Any], sites: int = 3, named: bool = True,
+    column: str = "label",
+) -> Path:  # fmt: skip
+    """A grid of one cell, with the table that its rows came from; the lab's file may name the column of labels."""
     folder.mkdir()
-    pyarrow.parquet.write_table(pyarrow.table({"text": labels, "label": labels}), folder / "rows.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": labels, column: labels}), folder / "rows.parquet")
     grid = write_grid(folder / "g", axes={"partition": ["skewed"], "seed": [5]},
                       of=lambda axes: metrics_of([0.5, 0.9], sites=sites, seed=5))  # fmt: skip
     rows = str(folder / "rows.parquet")
-    data = {"rows": rows, "validation": rows, "columns": {"label": column} if column else {}}
+    data = {"rows": rows, "validation": rows, "columns": {"label": column} if named else {}}
     experiment = {"data": data, "partition": partition, "sites": sites}
     whole = Experiment.model_validate(experiment).model_dump(mode="json")
     write_json(grid / "cells" / "partition-skewed,seed-5" / "lab.json", {"experiment": whole})
@@ -54,9 +55,18 @@ def test_labels_beyond_the_most_frequent_are_counted_together(tmp_path: Path) ->
     assert sum(own[-1] for own in holding.counts.values()) == 40
 
 
+def test_labels_are_found_in_the_usual_column_where_the_lab_names_none(tmp_path: Path) -> None:
+    grid = grid_with_rows(tmp_path / "a", labels=["no", "yes"] * 60, partition={"kind": "uniform"}, named=False)
+    ((drawing, holding),) = drawings(read([grid]))
+    assert holding.column == "label" and holding.labels == ("no", "yes")
+    assert [sum(own) for own in holding.counts.values()] == [40, 40, 40]
+    assert drawing.of(read([grid]), "#1F2328").axes[0].get_xlabel() == "label"
+
+
 def test_rows_without_labels_are_bars_and_even_ones_are_not_drawn(tmp_path: Path) -> None:
     for kind, count in (("quantity", 1), ("uniform", 0)):
-        grid = grid_with_rows(tmp_path / kind, labels=["no", "yes"] * 60, partition={"kind": kind}, column="")
+        labels, partition = ["no", "yes"] * 60, {"kind": kind}
+        grid = grid_with_rows(tmp_path / kind, labels=labels, partition=partition, named=False, column="topic")
         study = read([grid])
         found = drawings(study)
         assert len(found) == count

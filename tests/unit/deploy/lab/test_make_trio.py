@@ -148,3 +148,15 @@ def test_the_poolers_learn_what_the_sentence_encoder_says(tmp_path: Path) -> Non
     pairs = torch.tril_indices(40, 40, offset=-1)
     correlation = torch.corrcoef(torch.stack([each[pairs[0], pairs[1]] for each in alike]))[0, 1]
     assert correlation > 0.5
+
+
+def test_the_teacher_of_a_distilbert_learns_it_too(tmp_path: Path) -> None:
+    small_trio.make(tmp_path / "says", kind="bert", texts=texts()[:100], sizes=SIZES, pretraining=Pretraining(), seed=7)
+    digests = {}
+    for name, encoder in (("words", None), ("sentences", tmp_path / "says")):
+        small_trio.make(
+            tmp_path / name, kind="distilbert", texts=texts()[:100], sizes=SIZES, pretraining=Pretraining(steps=3),
+            seed=1, sentence_encoder=encoder,
+        )  # fmt: skip
+        digests[name] = inspect_directory(name, tmp_path / name).digest
+    assert digests["words"] != digests["sentences"]
