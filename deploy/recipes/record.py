@@ -5,7 +5,7 @@
 
 FOLDER/results/NAME.csv has for each cell its recipe's digest, seed, figures and versions, and the digest of the file in
 which the house agent kept what it said of each test row. A cell takes the place of one of its name that is recorded
-already, or lies in a folder that is named before.
+already; of two in folders that are named together, the first that is done is taken.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def record(folder: Path, *, grids: Sequence[Path], name: str) -> Path:
     """Writes the cells of `grids` that are done into the folder's record of that name; its path."""
     path = folder / RESULTS / f"{name}.csv"
     cells: dict[str, dict[str, Any]] = {row["cell"]: dict(row) for row in read_record(path)} if path.exists() else {}
-    for grid in grids:
-        study = read([grid])
-        for cell, row in zip(study.cells, study.rows, strict=True):
-            if cell.is_done:
-                found = {**row, "predictions": _predictions(cell)}
-                cells[cell.name] = {column: _short(found.get(column)) for column in COLUMNS}
+    # Together, because the non-federated cell of one may be another's.
+    study = read(grids)
+    for cell, row in zip(study.cells, study.rows, strict=True):
+        if cell.is_done:
+            found = {**row, "predictions": _predictions(cell)}
+            cells[cell.name] = {column: _short(found.get(column)) for column in COLUMNS}
     if not cells:
         raise InvalidInput("None of these grids has a cell that is done.")
     path.parent.mkdir(exist_ok=True)

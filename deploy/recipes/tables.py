@@ -34,7 +34,9 @@ OWN = ("chance", "first", "best", "last", "test")
 OTHERS = tuple(f"{name}_{when}" for name in ("matthews_correlation", "loss") for when in ("last", "test"))
 COUNTS = ("best_round", "last_round", "rounds", "steps_along_average", "distillations_kept", "rounds_undistilled")
 BYTES = ("bytes_up", "bytes_down")
-FIGURES = (*OWN, *OTHERS, *COUNTS, "aggregation_error", *BYTES, "seconds")
+# Of what one site with all rows reaches.
+SHARE = "share_of_baseline"
+FIGURES = (*OWN, *OTHERS, SHARE, *COUNTS, "aggregation_error", *BYTES, "seconds")
 NOTHING = "–"
 BLOCK = re.compile(r"<!-- (table|pairs):(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
 MARK = re.compile(r"<!-- (?:table|pairs|end)\b")
@@ -199,6 +201,8 @@ def _value(value: str, *, axis: str) -> str:
 
 
 def _head(rows: Sequence[Row], *, figure: str) -> str:
+    if figure == SHARE:
+        return "of one site's"
     metric = _metric(rows, figure=figure)
     return (figure if metric == figure else f"{metric}, {figure.rpartition('_')[2]}").replace("_", " ")
 
@@ -210,7 +214,7 @@ def _text(values: Sequence[float], *, figure: str, metric: str) -> str:
         return size(mean(values))
     if figure in (*COUNTS, "seconds"):
         return f"{mean(values):,.1f}".removesuffix(".0")
-    return mean_text(over_seeds(values), metric=metric)
+    return mean_text(over_seeds(values), metric="accuracy" if figure == SHARE else metric)
 
 
 def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]], *, left: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Hilmkil et al.'s recipe with the real classes: random weights in a local hub cache, two sites, one round."""
+"""The hub recipes with the real classes at full size: random weights in a local hub cache, few rows, one round."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from deploy.data.make_samples import write
 from deploy.lab.make_llama import lay_out_as_hub_cache
 from deploy.lab.make_trio import texts
 
-STUDY = Path(__file__).parents[2] / "deploy" / "recipes" / "hilmkil-2021"
+RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 # As config.json of the three repositories has it, in what decides shapes; and how many values the classifier of two
 # labels has that is made of it (108,310,272 of BERT's 108,311,810 are the base model's), and whether with a pooler.
 FULL_SIZE: dict[str, tuple[str, PreTrainedConfig, int, bool]] = {
@@ -40,42 +41,75 @@ FULL_SIZE: dict[str, tuple[str, PreTrainedConfig, int, bool]] = {
 SMALL = DistilBertConfig(vocab_size=400, dim=16, hidden_dim=32, n_heads=2, n_layers=1)
 
 
-def run_a_round(directory: Path, kind: str, config: PreTrainedConfig) -> dict[str, Any]:
-    """metrics.json of one round of the recipe, from a model that lies in a hub cache under its name."""
-    repository = FULL_SIZE[kind][0]
-    made, cache = directory / "made", directory / "hub" / "hub"
+def put_into_hub_cache(directory: Path, repository: str, config: PreTrainedConfig) -> None:
+    """A model with random weights, where `run_a_round` looks for it."""
+    made = directory / "made"
     torch.manual_seed(1)
     AutoModel.from_config(config).save_pretrained(made)
     make_tokenizer(texts()[:60], vocabulary=400).save_pretrained(made)
-    lay_out_as_hub_cache(made, cache=cache, repository=repository)
+    lay_out_as_hub_cache(made, cache=directory / "hub" / "hub", repository=repository)
     shutil.rmtree(made)
-    rows = [{"text": f"the film was {word}", "label": label} for word, label in LABELLED * 6]
-    write(directory / "rows.parquet", rows, columns=("text", "label"))
-    (directory / "lab.toml").write_text(
-        f'recipe = "{STUDY}/recipe.toml"\nsites = 2\n[model]\nhub = "{repository}"\n'
-        '[data]\nrows = "rows.parquet"\nvalidation = "rows.parquet"\n'
-    )
+
+
+def write_rows(path: Path, *, labels: Sequence[str]) -> None:
+    """48 of them, no two alike: which are held out follows from the text."""
+    words = [("wonderful", labels[0]), ("terrible", labels[1]), ("a joy", labels[0]), ("a bore", labels[1])]
+    rows = [{"text": f"{row}: it was {words[row % 4][0]}", "label": words[row % 4][1]} for row in range(48)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, rows, columns=("text", "label"))
+
+
+def run_a_round(directory: Path, *words: str) -> dict[str, Any]:
+    """metrics.json of one round of what lies in `directory`; of a grid its only cell's."""
     out = directory / "out"
-    words = ("--rounds", "1", "--threads", "1", "--set", "task.max_length=16", "--set", "local.epochs=1")
-    command = [str(Path(sys.executable).parent / "silotune"), "lab", "run", str(directory), "--out", str(out), *words]
+    few = ("--rounds", "1", "--threads", "1", "--set", "task.max_length=16", "--set", "local.epochs=1")
+    command = [
+        str(Path(sys.executable).parent / "silotune"), "lab", "run", str(directory), "--out", str(out), *few, *words,
+    ]  # fmt: skip
     environment = {**os.environ, "HF_HOME": str(directory / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    (path,) = out.rglob("metrics.json")
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
-LABELLED = [("wonderful", "positive"), ("terrible", "negative"), ("a joy", "positive"), ("a bore", "negative")]
+def run_hilmkil(directory: Path, kind: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """A round of the paper's recipe at two sites, from a model that lies in a hub cache under its name."""
+    repository = FULL_SIZE[kind][0]
+    put_into_hub_cache(directory, repository, config)
+    write_rows(directory / "rows.parquet", labels=("positive", "negative"))
+    (directory / "lab.toml").write_text(
+        f'recipe = "{RECIPES}/hilmkil-2021/recipe.toml"\nsites = 2\n[model]\nhub = "{repository}"\n'
+        '[data]\nrows = "rows.parquet"\nvalidation = "rows.parquet"\n'
+    )
+    return run_a_round(directory)
 
 
-def check(found: dict[str, Any]) -> None:
+def check(found: dict[str, Any], *, sites: int) -> dict[str, Any]:
+    """The round."""
+    only: dict[str, Any]
     (only,) = found["rounds"]
-    assert [update["fate"] for update in only["updates"]] == ["ACCEPTED"] * 2
+    assert [update["fate"] for update in only["updates"]] == ["ACCEPTED"] * sites
     assert {entry["version"] for entry in found["evaluations"] if entry["site"] == "house"} == {0, 1}
+    return only
+
+
+def versions(directory: Path, *, values: int) -> list[dict[str, list[int]]]:
+    """The shapes in each tensor file at the coordinator that has exactly so many values."""
+    found = []
+    for file in directory.glob("out/**/coordinator/blobs/blobs/*/*"):
+        # Smaller ones are those of configuration and tokenizer.
+        if file.stat().st_size > values:
+            with safe_open(file, framework="np") as tensors:
+                shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            if sum(math.prod(shape) for shape in shapes.values()) == values:
+                found.append(shapes)
+    return found
 
 
 def test_a_model_is_taken_from_the_hub_cache_by_the_paper_s_name_and_trained_a_round(tmp_path: Path) -> None:
-    check(run_a_round(tmp_path, "distilbert", SMALL))
+    check(run_hilmkil(tmp_path, "distilbert", SMALL), sites=2)
 
 
 # Each takes 30 to 45 CPU seconds; the largest has 2.7 GB of memory in all its processes, and 3 GB of disk.
@@ -84,14 +118,28 @@ def test_a_model_is_taken_from_the_hub_cache_by_the_paper_s_name_and_trained_a_r
 @pytest.mark.parametrize("kind", FULL_SIZE)
 def test_the_paper_s_models_train_a_round_at_full_size(kind: str, tmp_path: Path) -> None:
     _, config, parameters, has_pooler = FULL_SIZE[kind]
-    check(run_a_round(tmp_path, kind, config))
-    # Version 0 and what the round made of it; the other files are those of configuration and tokenizer.
-    kept = (tmp_path / "out" / "coordinator" / "blobs" / "blobs").glob("*/*")
-    versions = [file for file in kept if file.stat().st_size > parameters]
-    assert len(versions) >= 2
-    for version in versions:
-        with safe_open(version, framework="np") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        assert sum(math.prod(shape) for shape in shapes.values()) == parameters
-        assert any("pooler" in name for name in shapes) == has_pooler
+    check(run_hilmkil(tmp_path, kind, config), sites=2)
+    # Version 0 and what the round made of it.
+    found = versions(tmp_path, values=parameters)
+    assert len(found) >= 2
+    assert all(any("pooler" in name for name in shapes) == has_pooler for shapes in found)
+    shutil.rmtree(tmp_path)
+
+
+# 50 CPU seconds; its largest process has 2.7 GB of memory.
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_teacher_teaches_the_adapters_of_fedlora_kd_at_full_size(tmp_path: Path) -> None:
+    """lab-full.toml as it is shipped, with few rows in the place of CoLA's."""
+    for name in ("lab-full.toml", "recipe.toml"):
+        shutil.copy(RECIPES / "fedlora-kd" / name, tmp_path)
+    put_into_hub_cache(tmp_path, "distilbert/distilbert-base-uncased", DistilBertConfig())
+    put_into_hub_cache(tmp_path, "google-bert/bert-base-uncased", BertConfig())
+    for part in ("train", "validation", "test"):
+        write_rows(tmp_path / "data" / "cola" / f"{part}.parquet", labels=("acceptable", "unacceptable"))
+    one = ("--lab", "lab-full.toml", "--data", "cola", "--variants", "fed-lora-kd", "--seeds", "1")
+    only = check(run_a_round(tmp_path, *one), sites=4)
+    assert only["undistilled"] == "" and {"distillation_kept", "teacher_loss", "student_loss"} <= only["metrics"].keys()
+    # As recipe.toml says: adapters of rank 8 and the head.
+    assert len(versions(tmp_path, values=739_586)) >= 2
     shutil.rmtree(tmp_path)

@@ -71,11 +71,25 @@ def test_what_is_recorded_later_takes_the_place_of_a_cell_and_leaves_the_others(
     replaced = {f"sites-4,variant-{variant},seed-3": "0.9" for variant in GRID["variant"]}
     new = {f"sites-4,variant-{variant},seed-4": "0.9" for variant in GRID["variant"]}
     assert after == {row["cell"]: row["last"] for row in before} | replaced | new
-    # Of folders that are named together the last.
-    record(folder, grids=[later, folder / "grid"], name="both")
-    record(folder, grids=[folder / "grid", later], name="six")
+    # Of folders that are named together the first.
+    record(folder, grids=[folder / "grid", later], name="both")
+    record(folder, grids=[later, folder / "grid"], name="six")
     assert "sites-4,variant-sgd,seed-3,4,sgd,3," in (folder / "results/both.csv").read_text().replace('"', "")
     assert {row["cell"]: row["last"] for row in rows(folder)} == after
+
+
+def test_the_non_federated_cell_may_lie_in_another_grid(tmp_path: Path) -> None:
+    many, alone = (
+        write_grid(tmp_path / f"{sites}", axes={"sites": [sites], "seed": [1, 2]},
+                   of=lambda axes, last=last: metrics_of([0.1, last], sites=axes["sites"], seed=axes["seed"]))
+        for sites, last in ((16, 0.4), (1, 0.8))
+    )  # fmt: skip
+    record(tmp_path, grids=[many, alone], name="six")
+    assert filled(tmp_path, "table: six.csv; lines: sites; figures: last, share_of_baseline; where: sites=16") == [
+        "| sites | accuracy, last | of one site's | seeds |",
+        "| --- | ---: | ---: | ---: |",
+        "| 16 | 40.0 ± 0.0 % | 50.0 ± 0.0 % | 2 |",
+    ]
 
 
 def test_a_record_names_what_was_said_of_each_test_row(tmp_path: Path) -> None:
