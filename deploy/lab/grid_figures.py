@@ -176,13 +176,13 @@ def _points_figure(study: Study, ink: str, *, x: str, column: str, label: str) -
     figure, all_axes = figures.panels(_titles(study, layout, panels), height_inches=PANEL_INCHES + 0.4)
     for axes, panel in zip(all_axes, panels, strict=True):
         own = [row for row in rows if tuple(row[axis] for axis in layout.panels) == panel]
-        for number, line in enumerate(lines):
+        here = {tuple(row[axis] for axis in layout.lines) for row in own}
+        for place, (number, line) in enumerate((number, line) for number, line in enumerate(lines) if line in here):
             points = [(places[row[x]], row[column]) for row in own if tuple(row[axis] for axis in layout.lines) == line]
-            if points:
-                # Beside each other, so that no interval hides another.
-                shift = (number - (len(lines) - 1) / 2) * min(0.1, 0.5 / len(lines))
-                name = label_of(study, dict(zip(layout.lines, line, strict=True)), of=layout.lines)
-                _points(axes, points, shift=shift, number=number, label=name, joined=x == "sites")
+            # Beside each other, so that no interval hides another.
+            shift = (place - (len(here) - 1) / 2) * min(0.1, 0.5 / len(here))
+            name = label_of(study, dict(zip(layout.lines, line, strict=True)), of=layout.lines)
+            _points(axes, points, shift=shift, number=number, label=name, joined=x == "sites")
         if column != "aggregation_error":
             _chance(axes, study, {row["data"] for row in own})
         axes.set_xticks(list(places.values()), [str(value) for value in places])
