@@ -295,8 +295,12 @@ def _curve(axes: Axes, study: Study, cells: Sequence[Cell], *, number: int, labe
         axes.fill_between(places, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
 
 
+def is_share(metric: str) -> bool:
+    return metric in SHARES or metric.endswith("_accuracy")
+
+
 def as_share(axes: Axes, metric: str) -> None:
-    if metric in SHARES or metric.endswith("_accuracy"):
+    if is_share(metric):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 

@@ -14,6 +14,7 @@ from client_agent.taskdir import write_json
 from deploy import figures, pages
 from deploy.lab import distillation_figures, grid_figures, holdings
 from deploy.lab.certainty import Mean
+from deploy.lab.grid_figures import is_share
 from deploy.lab.grid_tables import SIGNIFICANT, comparisons, curve, glance, groups, law, plain, summaries
 from deploy.lab.outcomes import AXES, TARGET_SHARE, Row, Study, read
 from deploy.lab.report import PAGE
@@ -126,7 +127,3 @@ def points_text(value: float | None, *, metric: str) -> str:
 
 def number_text(value: float | None, *, digits: int = 0) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def is_share(metric: str) -> bool:
-    return metric in grid_figures.SHARES or metric.endswith("_accuracy")

@@ -200,11 +200,15 @@ def row_of(cell: Cell, *, study: Study) -> Row:
     steps = steps_at(metrics)
     errors = [value for _, value in of_rounds(metrics, "aggregation_error")]
     kept = [value for _, value in of_rounds(metrics, "distillation_kept")]
+    taught = [value for _, value in of_rounds(metrics, "teacher_loss")]
+    learnt = [value for _, value in of_rounds(metrics, "teacher_slice_loss")]
     row |= {
         "rounds": found["rounds"],
         "steps_along_average": steps[max(steps)],
         "aggregation_error": mean(errors) if errors else None,
         "distillations_kept": sum(kept) if kept else None,
+        **({"teacher_loss_first": taught[0], "teacher_loss_last": taught[-1]} if taught else {}),
+        **({"teacher_slice_loss_last": learnt[-1]} if learnt else {}),
         "rounds_undistilled": sum(bool(entry.get("undistilled")) for entry in rounds),
         "left_out": " ".join(f"{one['site']}={one['left_out']}" for one in unusual(metrics) if one["left_out"]),
         **{name: found[name] for name in ("bytes_up", "bytes_down", "seconds")},

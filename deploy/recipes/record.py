@@ -3,8 +3,9 @@
     python -m deploy.recipes.record FOLDER --from GRID_DIR... --name NAME    records, and fills
     python -m deploy.recipes.record FOLDER                                   fills (deploy/recipes/tables.py)
 
-FOLDER/results/NAME.csv has for each cell its recipe's digest, seed, figures and versions, and the digest of the file in
-which the house agent kept what it said of each test row. A cell takes the place of one of its name that is recorded
+FOLDER/results/NAME.csv has for each cell the digests of its plan (recipe, data, model, partition) and of its recipe,
+its seed, figures and versions, and the digest of the file in which the house agent kept what it said of each test row
+(OUT/cells/CELL/agents/house/predictions). A cell takes the place of one of its name that is recorded
 already; of two in folders that are named together, the first that is done is taken.
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.lab.grid import read_grid
 from deploy.lab.outcomes import AXES, Cell, read
 from deploy.lab.place import HOUSE, PREDICTIONS
 from deploy.lab.run import AGENTS
@@ -24,7 +26,7 @@ from deploy.recipes.tables import FIGURES, PAGE, RESULTS, read_record, refilled
 from protos.digests import digest_of
 from protos.errors import InvalidInput, SilotuneError
 
-COLUMNS = ("cell", *AXES, "config_hash", "metric", *FIGURES, "left_out", "predictions", "versions")
+COLUMNS = ("cell", *AXES, "plan", "config_hash", "metric", *FIGURES, "left_out", "predictions", "versions")
 # As many digits as tell two runs apart.
 SHORT = ".6g"
 
@@ -35,9 +37,10 @@ def record(folder: Path, *, grids: Sequence[Path], name: str) -> Path:
     cells: dict[str, dict[str, Any]] = {row["cell"]: dict(row) for row in read_record(path)} if path.exists() else {}
     # Together, because the non-federated cell of one may be another's.
     study = read(grids)
+    plans = {entry["name"]: entry.get("plan") for grid in reversed(grids) for entry in read_grid(grid) or ()}
     for cell, row in zip(study.cells, study.rows, strict=True):
         if cell.is_done:
-            found = {**row, "predictions": _predictions(cell)}
+            found = {**row, "plan": plans[cell.name], "predictions": _predictions(cell)}
             cells[cell.name] = {column: _short(found.get(column)) for column in COLUMNS}
     if not cells:
         raise InvalidInput("None of these grids has a cell that is done.")

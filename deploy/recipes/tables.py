@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import mean
 
 from deploy.lab.certainty import holm, over_seeds, paired
-from deploy.lab.grid_report import is_share, mean_text, points_text
+from deploy.lab.grid_figures import is_share
+from deploy.lab.grid_report import mean_text, points_text
 from deploy.lab.outcomes import AXES
 from deploy.pages import size
 from protos.errors import InvalidInput
@@ -33,11 +34,13 @@ SETTING = AXES[:-1]
 OWN = ("chance", "first", "best", "last", "test")
 OTHERS = tuple(f"{name}_{when}" for name in ("matthews_correlation", "loss") for when in ("last", "test"))
 COUNTS = ("best_round", "last_round", "rounds", "steps_along_average", "distillations_kept", "rounds_undistilled")
+TEACHER = ("teacher_loss_first", "teacher_loss_last", "teacher_slice_loss_last")
 BYTES = ("bytes_up", "bytes_down")
 # Of what one site with all rows reaches.
 SHARE = "share_of_baseline"
-FIGURES = (*OWN, *OTHERS, SHARE, *COUNTS, "aggregation_error", *BYTES, "seconds")
+FIGURES = (*OWN, *OTHERS, SHARE, *COUNTS, *TEACHER, "aggregation_error", *BYTES, "seconds")
 NOTHING = "–"
+WORST = "worse by at most (95 %, one side)"
 BLOCK = re.compile(r"<!-- (table|pairs):(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
 MARK = re.compile(r"<!-- (?:table|pairs|end)\b")
 # The words of a comment, and those that it must have.
@@ -184,7 +187,7 @@ def _pairs(rows: Sequence[Row], *, words: dict[str, str]) -> list[str]:
         p_values = [f"{value:.2g}" for value in (change.t_p, next(adjusted))]
         made.append([f"`{name}`", middle, f"{low} to {high}", *p_values, worst, str(change.count)])
     points = ", points" if is_share(metric) else ""
-    heads = [f"{_head(rows, figure=measure)}{points}", "95 % interval", "p", "Holm", "worse by at most", "seeds"]
+    heads = [f"{_head(rows, figure=measure)}{points}", "95 % interval", "p", "Holm", WORST, "seeds"]
     return _markdown(["", *heads], made, left=1)
 
 

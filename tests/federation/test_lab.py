@@ -107,6 +107,7 @@ def test_a_grid_that_was_killed_runs_only_what_is_left_and_more_seeds_are_more_c
 SHIPPED = Path(__file__).parents[2] / "deploy"
 
 
+@pytest.mark.timeout(1200)
 def test_two_pods_of_the_shipped_job_fill_one_folder_side_by_side_and_it_is_one_report(tmp_path: Path) -> None:
     recipe = RECIPE.replace("quorum = 4", "quorum = 1").replace("rounds = 3", "rounds = 1").replace("0.5", "0.1")
     (tmp_path / "recipe.toml").write_text(recipe)
@@ -201,6 +202,7 @@ def test_the_twin_learns(hub_cache: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.timeout(1200)
 def test_eight_sites_share_one_trainer_that_loads_the_base_model_once(hub_cache: Path, tmp_path: Path) -> None:
     words = ("--rounds", "2", "--set", "cohort.size=8", "--set", "cohort.quorum=8", "--set", "task.max_length=256")
     found = run_in_small(tmp_path, *words, recipe="twin.toml", model=hub_cache, sites=8)

@@ -62,7 +62,9 @@ def test_a_federation_with_a_teacher_is_no_worse_than_without_and_here_better() 
     assert change.mean.value > 0 and change.t_p < 0.05
 
 
+# Three base models and four cells: a quarter of an hour on two cores.
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_order_collapse_and_cure_are_those_of_another_seed_too(tmp_path: Path) -> None:
     run = [
         str(Path(sys.executable).parent / "silotune"), "lab", "run", str(RECIPES / "hilmkil-2021"), "--threads", "1",

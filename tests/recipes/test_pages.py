@@ -17,4 +17,5 @@ def test_a_recipe_says_what_it_claims_how_it_is_run_what_to_expect_and_what_came
     assert {"Claims", "Commands", "Results"} <= parts.keys()
     assert f"silotune lab run deploy/recipes/{folder.name}" in parts["Commands"]
     assert re.search(r"expect|band", page, re.IGNORECASE)
+    assert not re.search(r"^[A-Z]+$", page, re.MULTILINE), "A place that was to be filled."
     assert re.search(r"^### 20\d\d-\d\d-\d\d", parts["Results"], re.MULTILINE)

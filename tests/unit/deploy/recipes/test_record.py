@@ -136,7 +136,7 @@ def test_a_table_has_several_figures_of_the_cells_that_it_is_about(folder: Path)
 def test_pairs_are_compared_by_seed(folder: Path) -> None:
     # 12, 10 and 11 points: a standard deviation of 1, so 11 +- 4.303 / sqrt(3), and at least 11 - 2.920 / sqrt(3).
     assert filled(folder, "pairs: six.csv; measure: last; pairs: adamw - sgd, sgd - adamw; where: sites=4") == [
-        "|  | accuracy, last, points | 95 % interval | p | Holm | worse by at most | seeds |",
+        "|  | accuracy, last, points | 95 % interval | p | Holm | worse by at most (95 %, one side) | seeds |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| `adamw - sgd` | +11.00 | +8.52 to +13.48 | 0.0027 | 0.0055 | -9.31 | 3 |",
         "| `sgd - adamw` | -11.00 | -13.48 to -8.52 | 0.0027 | 0.0055 | +12.69 | 3 |",
