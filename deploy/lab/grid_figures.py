@@ -24,6 +24,7 @@ from deploy.lab.outcomes import TARGET_SHARE, Cell, Row, Study
 PANEL_INCHES = 3.1
 MOST_PANELS, MOST_LINES = 12, 7
 SHARES = ("accuracy", "macro_f1")
+CHANCE = "chance"
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _points(
 
 def _chance(axes: Axes, study: Study, data_sets: set[Any]) -> None:
     for share in {study.chance[data] for data in data_sets if data in study.chance}:
-        axes.axhline(share, color=GREY, linestyle=(0, (2, 2)), linewidth=1.4, label="chance")
+        axes.axhline(share, color=GREY, linestyle=(0, (2, 2)), linewidth=1.4, label=CHANCE)
 
 
 def _rounds_to_target(study: Study, ink: str) -> Figure:
@@ -316,8 +317,11 @@ def finish(figure: Figure, all_axes: Sequence[Axes], *, label: str, wide: bool) 
             if name not in named or _is_hatched(named[name]):
                 named[name] = handle
     named = {name: handle for name, handle in named.items() if name}
-    if len(named) > 1 or (named and wide):
-        figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(named), 4 if wide else 3))
+    if len(named) > 1 or (named and wide) or CHANCE in named:
+        # As many columns as the longest name leaves room for, beside the pieces of line.
+        columns = (130 if wide else 84) // (max(map(len, named)) + 6)
+        most = min(len(named), 4 if wide else 3)
+        figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=max(1, min(columns, most)))
 
 
 def _is_hatched(handle: Any) -> bool:

@@ -28,6 +28,7 @@ MOST_SITES, MOST_LABELS, MOST_FIGURES = 32, 16, 8
 OTHERS = "others"
 # Letters of all labels together that stand beside each other without turning.
 LONG_LABELS = 20
+LETTER_INCHES = 0.09
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ def _counts(own: Mapping[str, int], labels: Sequence[str]) -> tuple[int, ...]:
 
 def _figure(study: Study, ink: str, *, holding: Holding) -> Figure:
     sites, counts = list(holding.counts), list(holding.counts.values())
-    made, axes = figures.figure(height_inches=1.6 + 0.24 * len(sites))
+    turned = len("".join(holding.labels)) > LONG_LABELS
+    height = 1.9 + 0.24 * len(sites) + (LETTER_INCHES * max(map(len, holding.labels)) if turned else 0)
+    made, axes = figures.figure(height_inches=height)
     axes.set_yticks(range(len(sites)), sites)
     if not holding.column:
         axes.barh(range(len(sites)), [sum(own) for own in counts], color=BLUE)
@@ -102,7 +105,7 @@ def _figure(study: Study, ink: str, *, holding: Holding) -> Figure:
     shares = [[count / max(1, sum(own)) for count in own] for own in counts]
     drawn = axes.imshow(shares, aspect="auto", cmap=shades, vmin=0)
     axes.set_xticks(range(len(holding.labels)), holding.labels)
-    if len("".join(holding.labels)) > LONG_LABELS:
+    if turned:
         axes.set_xticks(axes.get_xticks(), holding.labels, rotation=65, ha="right", rotation_mode="anchor")
     axes.set_xlabel(holding.column)
     axes.grid(visible=False)
