@@ -89,7 +89,7 @@ def test_a_path_in_a_package_needs_the_package_and_the_directory(tmp_path: Path)
 @pytest.mark.parametrize(
     ("make", "wrong"),
     [
-        ({"kind": "distilbert", "sentence_encoder": "."}, "a distilbert has no pooler"),
+        ({"kind": "distilbert", "vocabulary": 20}, "vocabulary: Input should be greater"),
         ({"kind": "bert", "layer": 4}, "layer: Extra inputs"),
         ({"layers": 0}, "layers: Input should be greater"),
     ],
