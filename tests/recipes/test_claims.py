@@ -63,6 +63,29 @@ def test_a_federation_with_a_teacher_is_no_worse_than_without_and_here_better() 
 
 
 # Three base models and four cells: a quarter of an hour on two cores.
+def test_the_kept_teacher_ends_with_less_loss_than_the_published_one_that_learnt_its_slice_further() -> None:
+    figures = ("teacher_loss_last", "teacher_slice_loss_last")
+    held_out, on_slice = (
+        gain("fedlora-kd", second="kd-as-published", first="fed-lora-kd", figure=figure, data="clinc150")
+        for figure in figures
+    )
+    assert held_out.mean.value > 0 > on_slice.mean.value
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum", "multi-krum"])
+def test_rules_that_leave_updates_out_stay_near_their_peace_where_the_mean_does_not(rule: str) -> None:
+    def last(variant: str) -> float:
+        return mean(by_seed(cells("robust-sites", record="uniform", variant=variant), "last").values())
+
+    assert last("mean-flipped") < 0.25 < last(f"{rule}-flipped")
+    assert last(f"{rule}-flipped") > last(rule) - 0.1
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_few_bits_cost_no_more_than_two_points(bits: str) -> None:
+    assert -gain("fedkd", second=f"mentor-{bits}", first="mentor").lower < 0.02
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_order_collapse_and_cure_are_those_of_another_seed_too(tmp_path: Path) -> None:
